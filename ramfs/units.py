@@ -1,0 +1,28 @@
+"""A type for every kind of integer, so that a page index is never taken for a byte offset."""
+
+from typing import Final, NewType
+
+InodeNumber = NewType("InodeNumber", int)
+ImageId = NewType("ImageId", int)
+LayerId = NewType("LayerId", int)
+PageIndex = NewType("PageIndex", int)
+HandleId = NewType("HandleId", int)
+
+PAGE_SHIFT: Final = 12
+#: Bytes in a page, everywhere: in layers, tables and requests.
+PAGE: Final = 1 << PAGE_SHIFT
+
+#: The largest file: the largest file that ext4 with 4 KiB blocks can hold, since page i of a file
+#: lies at the same offset of its layer.
+MAX_FILE_SIZE: Final = (1 << 44) - PAGE
+
+#: The table entry of a page that holds only zeros and is stored nowhere.
+ZERO: Final = LayerId(0)
+
+#: Bytes in the longest file name.
+MAX_NAME: Final = 255
+
+
+def pages(size: int) -> int:
+    """Number of pages that ``size`` bytes touch."""
+    return (size + PAGE - 1) >> PAGE_SHIFT
