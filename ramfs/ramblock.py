@@ -8,10 +8,10 @@ address of its first byte. Three names stand for it:
     QEMU, ``-mem-path DIR``     qemu_back_mem.NAME.XXXXXX     qemu_back_mem.0000:00:02.0_vga.vram.k3Jd0Q
     the IDSTR in the guest                                  0000:00:02.0/vga.vram
 
-In a file name ``/`` is written ``%2F`` and ``%`` is written ``%25``; every other byte stands for itself. The form
-is canonical: one block has one file name, and a name that spells it otherwise (``%2f``, ``0x01``, ``0X1``) is not
-that of a block but an ordinary file's. QEMU, for its part, writes ``_`` for each ``/``, which cannot be undone:
-NAME tells the block only among those that a directory has, see ``find_block_file``.
+In a file name ``/`` is written ``%2F`` and ``%`` is written ``%25``; every other byte stands for itself.
+The form is canonical: one block has one file name, and a name that spells it otherwise (``%2f``, ``0x01``,
+``0X1``) is not that of a block but an ordinary file's. QEMU, for its part, writes ``_`` for each ``/``, which
+cannot be undone: NAME tells the block only among those that a directory has, see ``find_block_file``.
 
 All names are bytes, as Linux has them: neither UTF-8 nor printable. Nothing here does I/O.
 The forms of QEMU are those of ``file_ram_open`` in its softmmu/physmem.c (7.2; system/physmem.c today).
@@ -54,8 +54,8 @@ class Block:
 def parse_file_name(file_name: bytes) -> Block:
     """Tell which block the file called ``file_name`` holds: ``pc.ram@0x0`` is ``pc.ram`` at address 0.
 
-    The split is at the last ``@``, so that an IDSTR may contain others. Raises ``NameTooLong`` above 255 bytes
-    and ``BadName`` for any other name that ``file_name_of`` would not have made.
+    The split is at the last ``@``, so that an IDSTR may contain others. Raises ``NameTooLong`` above 255
+    bytes and ``BadName`` for any other name that ``file_name_of`` would not have made.
     """
     _check_file_name(file_name)
     encoded, at, address = file_name.rpartition(b"@")
@@ -128,9 +128,9 @@ def qemu_name(name: BlockName) -> QemuName:
 def find_block_file(file_names: Iterable[bytes], name: QemuName) -> FileName | None:
     """Find the block file of QEMU's ``name`` among the names of one directory; None when it has none.
 
-    A block matches at whatever address it lies. When several do (``a/b`` and ``a_b`` look alike to QEMU, and a
-    block may have been saved at two addresses), the block spelled exactly like ``name`` goes before others,
-    then the lowest address, then byte order, so that every clone of the directory makes the same choice.
+    A block matches at whatever address it lies. When several do (``a/b`` and ``a_b`` look alike to QEMU, and
+    a block may have been saved at two addresses), the block spelled exactly like ``name`` goes before
+    others, then the lowest address, then byte order, so that every clone of the directory chooses alike.
     """
     best: tuple[bool, Block] | None = None
     for file_name in file_names:
