@@ -44,10 +44,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_locks] = []
     for key, base in ((_disk_dir, DISK), (_memory_dir, MEMORY)):
         base.mkdir(mode=0o700, parents=True, exist_ok=True)
+        turn = os.open(base, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(turn, fcntl.LOCK_EX)  # or another run could sweep this one's directory before its lock
         _sweep_stale_runs(base)
         directory = Path(tempfile.mkdtemp(prefix="run-", dir=base))
         config.stash[key] = directory
         config.stash[_locks].append(_lock(directory))
+        os.close(turn)
     if config.option.basetemp is None:
         config.option.basetemp = str(config.stash[_disk_dir] / "t")
 
