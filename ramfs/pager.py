@@ -1,0 +1,348 @@
+"""Bytes of images: read, write, truncate, share. Resolves a page by its table entry, then its layer.
+
+All but :meth:`Pager.sync` and the background passes happen on the loop without an await, so every request
+is atomic towards every other: a snapshot never sees half of one.
+
+A write puts the data into the live layer first and the table entry after it. A killed daemon leaves either
+the old entry or the new one, never an entry without its page.
+"""
+
+import errno
+from collections.abc import Iterable
+from typing import Final
+
+import numpy as np
+import trio
+
+from ramfs.errors import FileError
+from ramfs.image.pages import Buffer, nonzero_pages, span
+from ramfs.image.table import Entries, Mask, equal_runs, runs_of
+from ramfs.store.garbage import Pass
+from ramfs.store.images import Image
+from ramfs.store.layers import Layer
+from ramfs.store.store import Store
+from ramfs.units import MAX_FILE_SIZE, PAGE, PAGE_SHIFT, ZERO, LayerId, pages
+
+#: The most that one request copies byte by byte (copy_file_range may answer with less than was asked).
+COPY_AT_ONCE: Final = 8 << 20
+_ZEROS: Final = memoryview(bytes(1 << 20))
+
+
+class Pager:
+    """Reads and writes the images of a store."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.images = store.images
+        self.layers = store.layers
+        self._sync_lock = trio.Lock()
+
+    # -- reading
+
+    def read(self, image: Image, offset: int, length: int) -> list[memoryview]:
+        """The bytes ``[offset, offset + length)``, cut at the end of the file, as pieces of mapped memory.
+
+        The pieces are for the kernel's eyes (writev) or to be copied at once; they must not be kept.
+        """
+        end = min(offset + length, image.size)
+        if end <= offset:
+            return []
+        first = offset >> PAGE_SHIFT
+        part = image.table.entries[first : pages(end)]
+        layer = int(part[0])
+        if len(part) == 1 or (part == layer).all():
+            return self._pieces(LayerId(layer), offset, end)
+        pieces: list[memoryview] = []
+        for a, b, number in equal_runs(part):
+            low = max(offset, (first + a) << PAGE_SHIFT)
+            pieces += self._pieces(number, low, min(end, (first + b) << PAGE_SHIFT))
+        return pieces
+
+    def _pieces(self, number: LayerId, start: int, end: int) -> list[memoryview]:
+        if number == ZERO:
+            if end - start <= len(_ZEROS):
+                return [_ZEROS[: end - start]]
+            whole, rest = divmod(end - start, len(_ZEROS))
+            return [_ZEROS] * whole + [_ZEROS[:rest]]
+        layer = self.layers[number]
+        move = layer.shift << PAGE_SHIFT
+        return [self.layers.file(layer).view(end + move)[start + move : end + move]]
+
+    def copy_out(self, image: Image, offset: int, length: int) -> bytes:
+        """A copy of the bytes, by pread(2): an unreadable page is OSError here, not a signal."""
+        end = min(offset + length, image.size)
+        if end <= offset:
+            return b""
+        first = offset >> PAGE_SHIFT
+        parts: list[bytes] = []
+        for a, b, number in equal_runs(image.table.entries[first : pages(end)]):
+            low = max(offset, (first + a) << PAGE_SHIFT)
+            count = min(end, (first + b) << PAGE_SHIFT) - low
+            if number == ZERO:
+                parts.append(bytes(count))
+            else:
+                layer = self.layers[number]
+                parts.append(self.layers.file(layer).read(low + (layer.shift << PAGE_SHIFT), count))
+        return b"".join(parts)
+
+    # -- writing
+
+    def write(self, image: Image, offset: int, data: Buffer) -> int:
+        """Write ``data``; the file grows if need be. Returns its length; raises OSError and nothing half-named."""
+        length = len(data)
+        if length == 0:
+            return 0
+        self._check_writable(image, offset + length)
+        image.table.resize(pages(offset + length))
+        view = memoryview(data)
+        head, first, stop, tail = span(offset, length)
+        if head[0] < head[1]:
+            self._write_within(image, head[0], view[: head[1] - head[0]])
+        if first < stop:
+            low = (first << PAGE_SHIFT) - offset
+            self._write_pages(image, first, stop, view[low : low + ((stop - first) << PAGE_SHIFT)])
+        if tail[0] < tail[1]:
+            self._write_within(image, tail[0], view[length - (tail[1] - tail[0]) :])
+        image.size = max(image.size, offset + length)
+        image.touch()
+        return length
+
+    def _check_writable(self, image: Image, end: int) -> None:
+        if image.frozen:
+            raise FileError(errno.EROFS)
+        if end > MAX_FILE_SIZE:
+            raise FileError(errno.EFBIG)
+
+    def _write_within(self, image: Image, start: int, data: Buffer) -> None:
+        """Write part of one page: in place where the page is the image's own, else to a merged copy of it."""
+        page = start >> PAGE_SHIFT
+        entry = LayerId(int(image.table.entries[page]))
+        if image.live is not None and entry == image.live.id:
+            self.images.unsynced.add(entry)
+            self.layers.file(image.live).write(start, data)
+            return
+        merged = bytearray(self._page(page, entry))
+        merged[start & (PAGE - 1) : (start & (PAGE - 1)) + len(data)] = data
+        self._write_pages(image, page, page + 1, merged)
+
+    def _page(self, page: int, entry: LayerId) -> bytes:
+        if entry == ZERO:
+            return bytes(PAGE)
+        layer = self.layers[entry]
+        return self.layers.file(layer).read((page + layer.shift) << PAGE_SHIFT, PAGE)
+
+    def _write_pages(self, image: Image, first: int, stop: int, data: Buffer) -> None:
+        """Write whole pages: zero pages are named zero, the others go to the live layer."""
+        old = image.table.entries[first:stop]
+        kept = nonzero_pages(data)
+        all_kept = bool(kept.all())
+        if not all_kept and not kept.any():
+            self._zero_pages(image, first, stop)
+            return
+        live = self.images.live_layer(image)
+        self.images.unsynced.add(live.id)
+        file = self.layers.file(live)
+        if all_kept:
+            file.write(first << PAGE_SHIFT, data)
+            if (old == live.id).all():
+                return
+            self._name(image, first, stop, live.id)
+            return
+        view = memoryview(data)
+        for a, b in runs_of(kept):
+            file.write((first + a) << PAGE_SHIFT, view[a << PAGE_SHIFT : b << PAGE_SHIFT])
+        emptied = ~kept & (old == live.id)
+        self._name(image, first, stop, np.where(kept, np.uint32(live.id), np.uint32(0)))
+        self._punch(image, first, emptied)
+
+    def _zero_pages(self, image: Image, first: int, stop: int) -> None:
+        old = image.table.entries[first:stop]
+        if not old.any():
+            return
+        emptied = old == (0 if image.live is None else image.live.id)
+        emptied &= old != 0
+        self._name(image, first, stop, np.uint32(0))
+        self._punch(image, first, emptied)
+
+    def _punch(self, image: Image, first: int, which: Mask) -> None:
+        """Pages of the live layer were overwritten by zeros: their space is free at once.
+
+        (A durable table may still name them; it then reads zeros, which is what was written.)
+        """
+        if image.live is not None and which.any():
+            file = self.layers.file(image.live)
+            for a, b in runs_of(which):
+                file.punch(first + a, first + b)
+
+    def _name(self, image: Image, first: int, stop: int, entries: Entries | np.uint32 | LayerId) -> None:
+        """Set table entries and store them; note the layers that they named before."""
+        table = image.table
+        table.mark(first, stop)
+        part = table.entries[first:stop]
+        before = part.copy()
+        self._note_replaced(image, before)
+        part[:] = entries
+        try:
+            image.store_entries(first, stop)
+        except OSError:
+            part[:] = before  # a full disk: the pages that were just written stay unnamed
+            raise
+
+    def _note_replaced(self, image: Image, old: Entries) -> None:
+        if len(old) == 1:
+            lost = {LayerId(int(old[0]))}
+        elif not old.any():
+            return
+        else:
+            lost = {LayerId(n) for n in np.unique(old).tolist()}
+        lost.discard(ZERO)
+        if image.live is not None:
+            lost.discard(image.live.id)
+        self.images.replaced |= lost
+
+    # -- size
+
+    def truncate(self, image: Image, size: int) -> None:
+        """Set the size. What is cut off is gone: growing again shows zeros."""
+        if size < 0:
+            raise FileError(errno.EINVAL)
+        self._check_writable(image, size)
+        if size < image.size:
+            self._cut(image, size)
+        else:
+            image.table.resize(pages(size))
+        image.size = size
+        image.touch()
+
+    def _cut(self, image: Image, size: int) -> None:
+        within = size & (PAGE - 1)
+        if within and image.table.entries[size >> PAGE_SHIFT] != ZERO:
+            self._write_within(image, size, bytes(PAGE - within))
+        for first, stop in image.table.regions(first=pages(size), stop=image.pages):
+            lost = set(np.unique(image.table.entries[first:stop]).tolist())
+            lost.discard(ZERO)
+            if lost:
+                self.images.replaced |= lost  # also the live layer: a durable table may name its pages
+                image.table.fill(first, stop, ZERO)
+                image.store_entries(first, stop)
+
+    # -- sharing
+
+    def share(self, source: Image, source_offset: int, target: Image, target_offset: int, length: int) -> int:
+        """Let ``target`` have the source's bytes: whole pages by naming them, ragged ends by copying.
+
+        Returns how many bytes were shared or copied, which may be fewer than asked. The pages of the two
+        ranges must not overlap within one image (the kernel sees to that). Offsets that differ by less than
+        a page let nothing be shared: then the bytes are copied, some megabytes for each call.
+        """
+        length = min(length, source.size - source_offset)
+        if length <= 0:
+            return 0
+        self._check_writable(target, target_offset + length)
+        if (target_offset - source_offset) % PAGE:
+            return self._copy(source, source_offset, target, target_offset, min(length, COPY_AT_ONCE))
+        end = target_offset + length
+        head, first, stop, tail = span(target_offset, length)
+        if tail[0] < tail[1] and tail[0] >= first << PAGE_SHIFT and end >= target.size:
+            if source_offset + length == source.size:  # the last page of both: beyond their ends it is zeros
+                stop, tail = stop + 1, (end, end)
+        for start, until in (head, tail):
+            if start < until:
+                self._copy(source, start - target_offset + source_offset, target, start, until - start)
+        if first < stop:
+            self._share_pages(source, target, first, stop, (source_offset - target_offset) >> PAGE_SHIFT)
+        target.size = max(target.size, end)
+        target.touch()
+        return length
+
+    def _copy(self, source: Image, source_offset: int, target: Image, target_offset: int, length: int) -> int:
+        done = 0
+        while done < length:
+            data = self.copy_out(source, source_offset + done, min(length - done, 1 << 20))
+            done += self.write(target, target_offset + done, data)
+        return done
+
+    def _share_pages(self, source: Image, target: Image, first: int, stop: int, shift: int) -> None:
+        """Let target pages ``[first, stop)`` name what the source has ``shift`` pages further on."""
+        parts: list[tuple[int, Entries]] = []
+        named: set[LayerId] = set()
+        for low, high in source.table.regions(first=first + shift, stop=stop + shift):
+            entries = source.table.entries[low:high].copy()
+            found = {LayerId(n) for n in np.unique(entries).tolist()} - {ZERO}
+            if found:
+                parts.append((low - shift, entries))
+                named |= found
+        with self.store.catalog.transaction():
+            if source.live is not None and source.live.id in named:
+                self.images.seal(source)
+            if shift and named:
+                known = np.array(sorted(named), np.uint32)
+                aliases = np.array([self.layers.alias(self.layers[n], shift).id for n in known.tolist()], np.uint32)
+                for _, entries in parts:
+                    stored = entries != ZERO
+                    entries[stored] = aliases[np.searchsorted(known, entries[stored])]
+                named = {LayerId(n) for n in aliases.tolist()}
+            self.images.name_layers(target, named)
+        target.table.resize(stop)
+        # The target's own live pages that lose their name are found by the next garbage pass, not punched
+        # here: until the next sync its durable table names them.
+        if target.live is not None:
+            self.images.replaced.add(target.live.id)
+        done = first
+        for low, entries in [*parts, (stop, np.zeros(0, np.uint32))]:
+            for a, b in target.table.regions(first=done, stop=low):
+                self._name(target, a, b, np.uint32(0))
+            if len(entries):
+                self._name(target, low, low + len(entries), entries)
+            done = low + len(entries)
+
+    def freeze(self, image: Image) -> Image:
+        """A frozen image of the same contents. Call in a transaction."""
+        return self.images.copy(image, frozen=True)
+
+    # -- background
+
+    async def sync(self, images: Iterable[Image] | None = None) -> None:
+        """Make images (all that changed, by default) durable as they are now. Raises OSError."""
+        async with self._sync_lock:
+            job = self.store.sync_all() if images is None else self.images.sync_job(images)
+            try:
+                await trio.to_thread.run_sync(job.run)
+            except BaseException:
+                job.failed()
+                raise
+            finally:
+                job.close()
+            self.images.trim()
+
+    def has_garbage(self) -> bool:
+        """Is there something for :meth:`collect` to look at?"""
+        return bool(self.images.replaced or self.images.doomed)
+
+    async def collect(self) -> None:
+        """One garbage pass (store/garbage.py)."""
+        async with self._sync_lock:
+            work = Pass(self.store)
+            try:
+                await trio.to_thread.run_sync(work.scan)
+                work.decide()
+                await trio.to_thread.run_sync(work.reclaim)
+                work.finish()
+            except BaseException:
+                work.give_up()
+                raise
+            finally:
+                work.close()
+            self.images.trim()
+
+    def undigested(self) -> list[Layer]:
+        """Sealed layers whose digests are still to be made."""
+        return [layer for layer in self.layers.by_id.values() if layer.sealed and not layer.digested]
+
+    async def digest(self, layer: Layer) -> None:
+        """Make the digests of a sealed layer."""
+        await trio.to_thread.run_sync(self.layers.write_digests, layer.id)
+        if layer.id in self.layers.by_id:
+            with self.store.catalog.transaction():
+                self.store.catalog.execute("UPDATE layers SET digested = 1 WHERE id = ?", layer.id)
+            layer.digested = True

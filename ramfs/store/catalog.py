@@ -1,0 +1,202 @@
+"""The catalog: names, inodes, images and layers, in SQLite.
+
+Every change is one transaction. A commit puts its frames into the write-ahead log in the page cache, so it
+outlives a killed daemon; :meth:`Catalog.sync` flushes the log, so that everything committed before outlives
+power loss too. The loop thread alone uses the connection; ``sync`` may be called from any thread.
+"""
+
+import os
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+from ramfs.errors import StoreBusy, StoreDamaged, StoreVersion
+
+#: Changes with every change of the format that an older program could misread.
+FORMAT_VERSION: Final = 1
+
+_SCHEMA: Final = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE layers (
+    id       INTEGER PRIMARY KEY AUTOINCREMENT,
+    sealed   INTEGER NOT NULL DEFAULT 0,
+    digested INTEGER NOT NULL DEFAULT 0,
+    base     INTEGER REFERENCES layers,     -- an alias: names pages of this layer's file ...
+    shift    INTEGER NOT NULL DEFAULT 0,    -- ... at page index + shift
+    CHECK (base IS NULL OR sealed)
+);
+CREATE UNIQUE INDEX aliases ON layers (base, shift) WHERE base IS NOT NULL;
+CREATE TABLE images (
+    id      INTEGER PRIMARY KEY AUTOINCREMENT,
+    frozen  INTEGER NOT NULL DEFAULT 0,
+    live    INTEGER REFERENCES layers,      -- the layer that takes its writes, if it has one
+    layers  BLOB NOT NULL DEFAULT x'',      -- uint32 each: a superset of the layers that its table names
+    parent  INTEGER,                        -- the image it was copied from, for the record
+    created INTEGER NOT NULL                -- ns since the epoch
+);
+CREATE TABLE inodes (
+    ino    INTEGER PRIMARY KEY AUTOINCREMENT,
+    mode   INTEGER NOT NULL,
+    uid    INTEGER NOT NULL,
+    gid    INTEGER NOT NULL,
+    nlink  INTEGER NOT NULL,
+    rdev   INTEGER NOT NULL DEFAULT 0,
+    atime  INTEGER NOT NULL,
+    mtime  INTEGER NOT NULL,                -- of a regular file: in the header of its table
+    ctime  INTEGER NOT NULL,
+    parent INTEGER,                         -- of a directory: where its .. leads
+    frozen INTEGER NOT NULL DEFAULT 0,
+    image  INTEGER REFERENCES images,       -- of a regular file
+    target BLOB                             -- of a symlink
+);
+CREATE INDEX inode_images ON inodes (image) WHERE image IS NOT NULL;
+CREATE INDEX inodes_unlinked ON inodes (ino) WHERE nlink = 0;
+CREATE TABLE names (
+    cookie INTEGER PRIMARY KEY AUTOINCREMENT,   -- the readdir offset: grows, is never used again
+    parent INTEGER NOT NULL,                    -- a directory, or a directory with SNAP_BIT set: its .snap
+    name   BLOB NOT NULL,
+    ino    INTEGER NOT NULL REFERENCES inodes
+);
+CREATE UNIQUE INDEX names_by_name ON names (parent, name);
+CREATE INDEX names_by_ino ON names (ino);
+CREATE INDEX names_in_order ON names (parent, cookie);
+CREATE TABLE xattrs (
+    ino   INTEGER NOT NULL REFERENCES inodes,
+    name  BLOB NOT NULL,
+    value BLOB NOT NULL,
+    PRIMARY KEY (ino, name)
+) WITHOUT ROWID;
+"""
+
+Row = sqlite3.Row
+
+
+class Catalog:
+    """The SQLite database ``catalog.sqlite`` of a store."""
+
+    def __init__(self, path: str, *, create: bool, timeout: float = 2.0) -> None:
+        """Open the catalog; make it when ``create``. Raises StoreDamaged, StoreVersion or StoreBusy."""
+        self.path = path
+        if not create and not os.path.exists(path):
+            raise StoreDamaged(f"{path} is missing: this is not a ramfs store, or its catalog was lost")
+        fresh = not os.path.exists(path) or os.path.getsize(path) == 0
+        if fresh and not create:
+            raise StoreDamaged(f"{path} is empty: the catalog was lost")
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        self._db = sqlite3.connect(path, isolation_level=None, timeout=timeout, check_same_thread=False)
+        self._db.row_factory = sqlite3.Row
+        self._depth = 0
+        self._undo: list[Callable[[], object]] = []
+        self._wal = -1
+        try:
+            # One daemon for each store, so the lock is taken once and the shared-memory index is not needed.
+            self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            self._db.execute("PRAGMA foreign_keys=ON")
+            if fresh:
+                self._db.executescript(f"BEGIN;{_SCHEMA}")
+                self.set_meta("version", FORMAT_VERSION)
+                self._db.execute("COMMIT")
+            self._check_version()
+        except sqlite3.OperationalError as exc:
+            self._db.close()
+            if "locked" in str(exc):
+                raise StoreBusy(f"{path} is locked by another process: stop it and try again") from exc
+            raise StoreDamaged(f"{path}: {exc}; run `ramfs fsck` on the store") from exc
+        except sqlite3.DatabaseError as exc:
+            self._db.close()
+            raise StoreDamaged(f"{path} is not readable ({exc}); run `ramfs fsck` on the store") from exc
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _check_version(self) -> None:
+        version = self.meta("version")
+        if version != FORMAT_VERSION:
+            raise StoreVersion(
+                f"{self.path} has format version {version}, this program knows {FORMAT_VERSION}: "
+                "use the ramfs that made it, or a newer one"
+            )
+        # Takes the exclusive lock now, not at the first write.
+        self._db.execute("BEGIN IMMEDIATE")
+        self._db.execute("UPDATE meta SET value = value WHERE key = 'version'")
+        self._db.execute("COMMIT")
+        self._wal = os.open(self.path + "-wal", os.O_RDONLY)
+
+    def close(self) -> None:
+        """Close the database; the write-ahead log is folded in."""
+        if self._wal >= 0:
+            os.close(self._wal)
+            self._wal = -1
+        self._db.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All changes inside happen or none; nests (the outermost commits).
+
+        What is kept in memory of the rows must go back with them: see :meth:`on_rollback`.
+        """
+        if self._depth:
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+            return
+        self._db.execute("BEGIN IMMEDIATE")
+        self._depth = 1
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            for step in reversed(self._undo):
+                step()
+            raise
+        finally:
+            self._depth = 0
+            self._undo.clear()
+
+    def on_rollback(self, step: Callable[[], object]) -> None:
+        """Call ``step`` if the transaction under way fails; later steps are called before earlier ones."""
+        if self._depth == 0:
+            raise AssertionError("not in a transaction")
+        self._undo.append(step)
+
+    def sync(self) -> None:
+        """Make everything committed so far durable (any thread).
+
+        Frames that left the log went to the database file by a checkpoint, which syncs before it reuses the log.
+        """
+        os.fdatasync(self._wal)
+
+    def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+        """Run one statement; outside a transaction it is one of its own."""
+        return self._db.execute(sql, values)
+
+    def executemany(self, sql: str, rows: Any) -> None:
+        """Run one statement for many rows of values."""
+        self._db.executemany(sql, rows)
+
+    def row(self, sql: str, *values: Any) -> Row | None:
+        """The first row of a query, or None."""
+        row: Row | None = self._db.execute(sql, values).fetchone()
+        return row
+
+    def insert(self, sql: str, *values: Any) -> int:
+        """Run an INSERT and return the new row's number."""
+        number = self._db.execute(sql, values).lastrowid
+        assert number is not None
+        return number
+
+    def meta(self, key: str) -> Any:
+        """A value of the ``meta`` table, None where there is none."""
+        row = self.row("SELECT value FROM meta WHERE key = ?", key)
+        return None if row is None else row["value"]
+
+    def set_meta(self, key: str, value: Any) -> None:
+        """Set a value of the ``meta`` table."""
+        self.execute("INSERT INTO meta VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value", key, value)

@@ -1,0 +1,100 @@
+"""The few system calls on files of the store that Python's os module does not give, or gives with a trap."""
+
+import ctypes
+import errno
+import os
+from collections.abc import Iterator
+from typing import Final
+
+from ramfs.image.pages import Buffer
+
+_KEEP_SIZE: Final = 0x01
+_PUNCH_HOLE: Final = 0x02
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_fallocate = _libc.fallocate
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_fallocate.restype = ctypes.c_int
+
+
+def punch_hole(fd: int, offset: int, length: int) -> bool:
+    """Give the space of a byte range back; it reads as zeros afterwards.
+
+    False where the file system of the store cannot do that: nobody names the range any more, so the only
+    loss is its space.
+    """
+    while _fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length):
+        code = ctypes.get_errno()
+        if code == errno.EINTR:
+            continue
+        if code in (errno.EOPNOTSUPP, errno.ENOSYS):
+            return False
+        raise OSError(code, os.strerror(code))
+    return True
+
+
+def write_all(fd: int, data: Buffer, offset: int) -> None:
+    """pwrite(2) of the whole of ``data``, or OSError (ENOSPC, EDQUOT, EFBIG, EIO ...)."""
+    done = os.pwrite(fd, data, offset)
+    if done == len(data):
+        return
+    view = memoryview(data)
+    while done < len(view):
+        written = os.pwrite(fd, view[done:], offset + done)
+        if written == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        done += written
+
+
+def read_exactly(fd: int, length: int, offset: int) -> bytes:
+    """pread(2) of ``length`` bytes; fewer only at the end of the file."""
+    parts: list[bytes] = []
+    while length:
+        part = os.pread(fd, length, offset)
+        if not part:
+            break
+        parts.append(part)
+        offset += len(part)
+        length -= len(part)
+    return b"".join(parts)
+
+
+def data_extents(fd: int, start: int = 0) -> Iterator[tuple[int, int]]:
+    """Byte ranges of a file that are not holes, by SEEK_DATA and SEEK_HOLE."""
+    end = os.fstat(fd).st_size
+    while start < end:
+        try:
+            low = os.lseek(fd, start, os.SEEK_DATA)
+        except OSError as exc:
+            if exc.errno == errno.ENXIO:
+                return
+            raise
+        start = os.lseek(fd, low, os.SEEK_HOLE)
+        yield low, start
+
+
+def copy_range(source: int, source_offset: int, target: int, target_offset: int, length: int) -> None:
+    """Copy bytes between two files of one store inside the kernel (which shares extents where it can)."""
+    while length:
+        try:
+            done = os.copy_file_range(source, target, length, source_offset, target_offset)
+        except OSError as exc:
+            if exc.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EXDEV):
+                raise
+            data = read_exactly(source, min(length, 1 << 20), source_offset)
+            write_all(target, data, target_offset)
+            done = len(data)
+        if done == 0:
+            raise OSError(errno.EIO, "a layer file is shorter than its pages")
+        source_offset += done
+        target_offset += done
+        length -= done
+
+
+def sync_directory(path: str) -> None:
+    """Make the names of a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

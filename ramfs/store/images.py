@@ -1,0 +1,434 @@
+"""Images: the contents of files. A header, a page table, and the layers that the table names.
+
+A writable image has two table files:
+
+    ID.map       the table as it is now. Written at once with every change, so it outlives a killed daemon.
+    ID.durable   the table as of the last sync, and then only with entries whose pages were on disk before.
+
+The kernel may write ``.map`` to disk before the pages that it names, so after power loss (another boot, see
+store.py) ``.durable`` counts; its pages are never punched before a later table replaced it. A frozen image
+never changes: its one ``.map`` is synced before the catalog names it.
+"""
+
+import contextlib
+import os
+import struct
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+import numpy as np
+import xxhash
+
+from ramfs.errors import StoreDamaged
+from ramfs.image.table import ENTRY, PageTable
+from ramfs.store.catalog import Catalog
+from ramfs.store.files import data_extents, read_exactly, sync_directory, write_all
+from ramfs.store.layers import Layer, Layers
+from ramfs.units import MAX_FILE_SIZE, PAGE, ImageId, LayerId, pages
+
+MAGIC: Final = b"RAMFSMAP"
+VERSION: Final = 1
+#: Bytes before the first table entry; the header proper is its start, the rest is zero.
+HEADER: Final = PAGE
+_FIELDS: Final = struct.Struct("<8sIIQqq")
+_CHECK: Final = struct.Struct("<Q")
+
+
+class Header(NamedTuple):
+    """What the header of a table file says: size in bytes, times in ns since the epoch."""
+
+    size: int
+    mtime: int
+    ctime: int
+
+
+def pack_header(header: Header) -> bytes:
+    """The header's bytes, ending with their xxh3_64."""
+    fields = _FIELDS.pack(MAGIC, VERSION, 0, *header)
+    return fields + _CHECK.pack(xxhash.xxh3_64_intdigest(fields))
+
+
+def unpack_header(data: bytes, path: str) -> Header:
+    """Check and take apart the start of a table file. Raises StoreDamaged."""
+    fields = data[: _FIELDS.size]
+    if len(data) < _FIELDS.size + _CHECK.size:
+        raise StoreDamaged(f"{path} is too short for a table header; run `ramfs fsck` on the store")
+    magic, version, _, size, mtime, ctime = _FIELDS.unpack(fields)
+    (check,) = _CHECK.unpack_from(data, _FIELDS.size)
+    if magic != MAGIC or version != VERSION or check != xxhash.xxh3_64_intdigest(fields) or size > MAX_FILE_SIZE:
+        raise StoreDamaged(f"{path} has no valid table header; run `ramfs fsck` on the store")
+    return Header(size, mtime, ctime)
+
+
+def load_table(fd: int, path: str) -> tuple[Header, PageTable]:
+    """Read a table file: its header and entries, zero where the file has holes."""
+    header = unpack_header(read_exactly(fd, _FIELDS.size + _CHECK.size, 0), path)
+    count = pages(header.size)
+    table = PageTable(count)
+    for start, stop in data_extents(fd, HEADER):
+        low = (start - HEADER) // ENTRY
+        high = min((stop - HEADER) // ENTRY, count)
+        if low < high:
+            table.entries[low:high] = np.frombuffer(read_exactly(fd, (high - low) * ENTRY, start), "<u4")
+            table.mark(low, high)
+    table.stale[:] = False
+    return header, table
+
+
+def pack_layers(layers: Iterable[LayerId]) -> bytes:
+    """The ``images.layers`` blob."""
+    return np.array(sorted(layers), "<u4").tobytes()
+
+
+def unpack_layers(blob: bytes) -> set[LayerId]:
+    """The layers of an ``images.layers`` blob."""
+    return {LayerId(layer) for layer in np.frombuffer(blob, "<u4").tolist()}
+
+
+class Image:
+    """The contents of one file: size, times, page table, and where the bytes of the pages are.
+
+    One object for each image that is in use; :class:`Images` hands it out and counts its users.
+    """
+
+    __slots__ = (
+        "_table", "ctime", "fd", "frozen", "header_stale", "id", "layers", "live", "mtime", "path", "size", "synced_name", "users",
+    )  # fmt: skip
+
+    def __init__(self, id: ImageId, frozen: bool, live: Layer | None, layers: set[LayerId], path: str) -> None:
+        self.id = id
+        self.frozen = frozen
+        self.live = live
+        self.layers = layers
+        """superset of the layers that the table names, as the catalog has it"""
+        self.path = path
+        self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self.size, self.mtime, self.ctime = unpack_header(read_exactly(self.fd, HEADER, 0), path)
+        self._table: PageTable | None = None
+        self.users = 0
+        self.header_stale = False
+        self.synced_name = True
+
+    @property
+    def table(self) -> PageTable:
+        """The page table, read on first use. Has at least ``pages(size)`` entries."""
+        if self._table is None:
+            _, self._table = load_table(self.fd, self.path)
+        return self._table
+
+    @property
+    def pages(self) -> int:
+        """Number of pages of the file, the last one perhaps partial."""
+        return pages(self.size)
+
+    def write_header(self) -> None:
+        """Store size and times."""
+        self.header_stale = True
+        os.pwrite(self.fd, pack_header(Header(self.size, self.mtime, self.ctime)), 0)
+
+    def touch(self, now: int | None = None) -> None:
+        """Contents changed: set mtime and ctime, and store them with the size."""
+        self.mtime = self.ctime = time.time_ns() if now is None else now
+        self.write_header()
+
+    def store_entries(self, first: int, stop: int) -> None:
+        """Write entries ``[first, stop)`` to ``.map``, after the pages that they name."""
+        entries = self.table.entries[first:stop].astype("<u4", copy=False)
+        write_all(self.fd, memoryview(entries).cast("B"), HEADER + first * ENTRY)
+
+    def close(self) -> None:
+        """Close the table file."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+            self._table = None
+
+
+@dataclass
+class SyncJob:
+    """All that must reach the disk so that some images are durable as they were when the job was made.
+
+    :meth:`run` does it, in any thread; on an exception call :meth:`failed` on the loop, and nothing counts as
+    synced that was not. Two jobs must not run at once: the older could write over the newer.
+    """
+
+    catalog: Catalog
+    layers: list[tuple[Layer, int]] = field(default_factory=list)
+    directories: set[str] = field(default_factory=set)
+    writes: list[tuple[str, list[tuple[int, bytes]]]] = field(default_factory=list)
+    undo: list[Callable[[], None]] = field(default_factory=list)
+
+    def run(self) -> None:
+        """First the pages, then the tables, then names and catalog."""
+        for _, fd in self.layers:
+            os.fdatasync(fd)
+        for path, parts in self.writes:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                for offset, data in parts:
+                    write_all(fd, data, offset)
+                os.fdatasync(fd)
+            finally:
+                os.close(fd)
+        for directory in self.directories:
+            sync_directory(directory)
+        self.catalog.sync()
+
+    def close(self) -> None:
+        """Close what the job opened; always call it."""
+        for _, fd in self.layers:
+            os.close(fd)
+
+    def failed(self) -> None:
+        """Mark everything as not synced again."""
+        for step in self.undo:
+            step()
+
+
+class Images:
+    """All images of a store; hands out one :class:`Image` object for each that is in use."""
+
+    def __init__(self, directory: str, catalog: Catalog, layers: Layers) -> None:
+        self.directory = directory
+        self.catalog = catalog
+        self.layers = layers
+        self.unsynced: set[LayerId] = set()
+        """layers that were written to since their last fdatasync"""
+        self.shared_meanwhile: set[LayerId] | None = None
+        """while garbage is being looked for: layers that got a new user since the search began"""
+        self.replaced: set[LayerId] = set()
+        """layers that lost a user: where garbage may be"""
+        self.doomed: set[ImageId] = set()
+        """deleted images whose files are still there; they go once the deletion is durable"""
+        self._open: dict[ImageId, Image] = {}
+
+    def path(self, image: ImageId, suffix: str = "map") -> str:
+        """Path of an image's table file, or of its ``durable`` copy."""
+        return os.path.join(self.directory, f"{image:08x}.{suffix}")
+
+    def acquire(self, number: ImageId) -> Image:
+        """The image, for use until :meth:`release`. Raises StoreDamaged."""
+        image = self._open.get(number)
+        if image is None:
+            row = self.catalog.row("SELECT frozen, live, layers FROM images WHERE id = ?", number)
+            if row is None:
+                raise StoreDamaged(f"image {number} is not in the catalog; run `ramfs fsck` on the store")
+            live = None if row["live"] is None else self.layers[row["live"]]
+            try:
+                image = Image(number, bool(row["frozen"]), live, unpack_layers(row["layers"]), self.path(number))
+            except FileNotFoundError as exc:
+                raise StoreDamaged(f"table {self.path(number)} is missing; run `ramfs fsck` on the store") from exc
+            self._open[number] = image
+        image.users += 1
+        return image
+
+    def release(self, image: Image) -> None:
+        """One user of the image less."""
+        image.users -= 1
+        if image.users == 0 and not self.is_stale(image):
+            self._open.pop(image.id, None)
+            image.close()
+
+    def is_stale(self, image: Image) -> bool:
+        """Is something of the image newer than its last sync? (Then it stays open, and is synced later.)"""
+        if image.frozen:
+            return not image.synced_name
+        return (
+            image.header_stale
+            or (image._table is not None and bool(image._table.stale.any()))
+            or not self.unsynced.isdisjoint(image.layers)
+        )
+
+    def open_images(self) -> list[Image]:
+        """The images in use or not synced yet."""
+        return list(self._open.values())
+
+    def create(self, size: int = 0, parent: ImageId | None = None) -> Image:
+        """A new empty image of ``size`` zero bytes. Call in a transaction."""
+        number, image = self._make(Header(size, now := time.time_ns(), now), False, set(), parent)
+        self._open[number] = image
+        image.users += 1
+        self.catalog.on_rollback(lambda: self.remove_files(number))
+        return image
+
+    def copy(self, source: Image, *, frozen: bool) -> Image:
+        """A new image of the same contents: the source's table, its live layer sealed.
+
+        Call in a transaction. Raises OSError (ENOSPC ...); then the source is as before.
+        """
+        self.seal(source)
+        number, image = self._make(
+            Header(source.size, source.mtime, source.ctime), frozen, set(source.layers), source.id
+        )
+        try:
+            table = image.table
+            table.resize(source.pages)
+            for first, stop in source.table.regions(stop=source.pages):
+                table.entries[first:stop] = source.table.entries[first:stop]
+                table.mark(first, stop)
+                image.store_entries(first, stop)
+        except BaseException:
+            image.close()
+            os.unlink(image.path)
+            raise
+        self.note_shared(source.layers)
+        self._open[number] = image
+        image.users += 1
+        self.catalog.on_rollback(lambda: self.remove_files(number))
+        return image
+
+    def _make(self, header: Header, frozen: bool, layers: set[LayerId], parent: ImageId | None) -> tuple[ImageId, Image]:
+        number = ImageId(
+            self.catalog.insert(
+                "INSERT INTO images (frozen, layers, parent, created) VALUES (?, ?, ?, ?)",
+                frozen, pack_layers(layers), parent, time.time_ns(),
+            )  # fmt: skip
+        )
+        path = self.path(number)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            os.pwrite(fd, pack_header(header), 0)
+        finally:
+            os.close(fd)
+        image = Image(number, frozen, None, layers, path)
+        image.header_stale = not frozen
+        image.synced_name = False
+        return number, image
+
+    def seal(self, image: Image) -> None:
+        """Let the image's live layer take no more writes; the next write begins a new one. In a transaction."""
+        live = image.live
+        if live is not None:
+            self.layers.seal(live)
+            self.catalog.execute("UPDATE images SET live = NULL WHERE id = ?", image.id)
+            image.live = None
+            self.catalog.on_rollback(lambda: setattr(image, "live", live))
+
+    def live_layer(self, image: Image) -> Layer:
+        """The layer that takes the image's writes, made now if there is none."""
+        if image.live is None:
+            with self.catalog.transaction():
+                layer = self.layers.create(image.pages * PAGE)
+                self._name_layers(image, {layer.id}, live=layer.id)
+            image.live = layer
+        return image.live
+
+    def name_layers(self, image: Image, layers: set[LayerId]) -> None:
+        """Record that the image's table may name these layers, before it does. Call in a transaction."""
+        if not layers <= image.layers:
+            self._name_layers(image, layers, live=None if image.live is None else image.live.id)
+        self.note_shared(layers)
+
+    def _name_layers(self, image: Image, layers: set[LayerId], live: LayerId | None) -> None:
+        self.catalog.execute(
+            "UPDATE images SET layers = ?, live = ? WHERE id = ?", pack_layers(image.layers | layers), live, image.id
+        )
+        before = image.layers
+        image.layers = before | layers
+        self.catalog.on_rollback(lambda: setattr(image, "layers", before))
+
+    def note_shared(self, layers: set[LayerId]) -> None:
+        """Tell a garbage search under way that these layers got a new user."""
+        if self.shared_meanwhile is not None:
+            self.shared_meanwhile |= layers
+
+    def delete(self, number: ImageId) -> None:
+        """Forget an image. In a transaction; its files go with the next garbage pass."""
+        row = self.catalog.row("SELECT layers FROM images WHERE id = ?", number)
+        if row is None:
+            return
+        self.catalog.execute("DELETE FROM images WHERE id = ?", number)
+        self.replaced |= unpack_layers(row["layers"])
+        self.doomed.add(number)
+        self.catalog.on_rollback(lambda: self.doomed.discard(number))
+        image = self._open.get(number)
+        if image is not None and image.users == 0:
+            del self._open[number]
+            image.close()
+
+    def forget_layers(self, gone: set[LayerId], users: dict[LayerId, set[ImageId]]) -> None:
+        """Strike layers that no table names from the record of the images that might have. In a transaction."""
+        for number in set().union(*(users[layer] for layer in gone)):
+            row = self.catalog.row("SELECT layers FROM images WHERE id = ?", number)
+            if row is not None:
+                left = unpack_layers(row["layers"]) - gone
+                self.catalog.execute("UPDATE images SET layers = ? WHERE id = ?", pack_layers(left), number)
+                if number in self._open:
+                    self._open[number].layers = left
+
+    def trim(self) -> None:
+        """Close images that only a missing sync kept open."""
+        for image in self.open_images():
+            if image.users == 0 and not self.is_stale(image):
+                del self._open[image.id]
+                image.close()
+
+    def unlink_files(self, number: ImageId) -> None:
+        """Remove the table files of an image that is gone (any thread)."""
+        for suffix in ("map", "durable"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path(number, suffix))
+
+    def remove_files(self, number: ImageId) -> None:
+        """Take back the making of an image."""
+        image = self._open.pop(number, None)
+        if image is not None:
+            image.close()
+        self.unlink_files(number)
+
+    def sync_job(self, images: Iterable[Image]) -> SyncJob:
+        """Collect what must be written to make ``images`` durable, as they are now."""
+        job = SyncJob(self.catalog)
+        wanted: set[LayerId] = set()
+        for image in images:
+            wanted |= image.layers
+            if image.frozen:
+                self._collect_frozen(job, image)
+            elif image.header_stale or (image._table is not None and image._table.stale.any()):
+                self._collect(job, image)
+        for number in {self.layers[n].base for n in wanted if n in self.layers.by_id} & self.unsynced:
+            layer = self.layers[number]
+            file = self.layers.file(layer)
+            job.layers.append((layer, os.dup(file.fd)))
+            self.unsynced.discard(number)
+            job.undo.append(lambda number=number: self.unsynced.add(number))  # type: ignore[misc]
+            if not file.synced_name:
+                job.directories.add(self.layers.directory)
+                file.synced_name = True
+                job.undo.append(lambda file=file: setattr(file, "synced_name", False))  # type: ignore[misc]
+        return job
+
+    def _collect(self, job: SyncJob, image: Image) -> None:
+        parts = [(0, pack_header(Header(image.size, image.mtime, image.ctime)))]
+        table = image.table
+        stale = table.stale.copy()
+        for first, stop in table.regions(stale):
+            parts.append((HEADER + first * ENTRY, table.entries[first:stop].astype("<u4").tobytes()))
+        table.stale[:] = False
+        image.header_stale = False
+        job.writes.append((self.path(image.id, "durable"), parts))
+        if not image.synced_name:
+            job.directories.add(self.directory)
+            image.synced_name = True
+
+        def undo() -> None:
+            image.header_stale = True
+            image.synced_name = False
+            table.stale[: len(stale)] |= stale
+
+        job.undo.append(undo)
+
+    def _collect_frozen(self, job: SyncJob, image: Image) -> None:
+        if not image.synced_name:
+            job.writes.append((image.path, []))
+            job.directories.add(self.directory)
+            image.synced_name = True
+            job.undo.append(lambda: setattr(image, "synced_name", False))
+
+    def close(self) -> None:
+        """Close all table files."""
+        for image in self._open.values():
+            image.close()
+        self._open.clear()

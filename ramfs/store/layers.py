@@ -1,0 +1,242 @@
+"""Layer files: raw pages, sparse, each at its own offset.
+
+    state     takes writes   named by         digests
+    live      of one image   that image       none
+    sealed    never again    any image        made in the background, once
+
+An *alias* is a sealed layer without a file: it names the pages of another layer's file, ``shift`` pages
+further on. Aliases exist because page i of an image is page i of its layer: when copy_file_range moves
+pages to another place of a file, the pages stay and the name moves.
+"""
+
+import mmap
+import os
+from collections import OrderedDict
+from typing import Final
+
+from ramfs.errors import StoreDamaged
+from ramfs.image.digest import DIGEST, digest_pages
+from ramfs.image.pages import Buffer
+from ramfs.store.catalog import Catalog
+from ramfs.store.files import data_extents, punch_hole, read_exactly, write_all
+from ramfs.units import MAX_FILE_SIZE, PAGE, PAGE_SHIFT, LayerId
+
+#: Layer files kept open and mapped at most; the least recently used are closed beyond it.
+OPEN_LAYERS: Final = 512
+_DIGEST_BATCH: Final = 128  # pages hashed before other threads get their turn: about 60 us
+
+
+class LayerFile:
+    """An open layer file, mapped for reading.
+
+    Writes go through pwrite(2), never through the mapping, so a full disk is an error and not a signal. The
+    mapping is only ever handed to the kernel (writev), for which an unreadable page is EFAULT.
+    """
+
+    __slots__ = ("_view", "fd", "path", "size", "synced_name", "writable")
+
+    def __init__(self, path: str, *, writable: bool, create: bool = False) -> None:
+        flags = os.O_RDWR if writable else os.O_RDONLY
+        if create:
+            flags |= os.O_CREAT | os.O_TRUNC
+        self.path = path
+        self.writable = writable
+        try:
+            self.fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError as exc:
+            raise StoreDamaged(f"layer file {path} is missing; run `ramfs fsck` on the store") from exc
+        self.size = os.fstat(self.fd).st_size
+        self.synced_name = not create
+        self._view: memoryview | None = None
+
+    def view(self, end: int) -> memoryview:
+        """The file's bytes as memory, at least up to byte ``end``.
+
+        Raises StoreDamaged when the file ends before: a table names pages that are not there, and zeros
+        must not stand in for them.
+        """
+        if self._view is None or end > len(self._view):
+            self.size = os.fstat(self.fd).st_size
+            if end > self.size:
+                raise StoreDamaged(f"layer file {self.path} is shorter than its pages; run `ramfs fsck`")
+            self._view = memoryview(mmap.mmap(self.fd, self.size, mmap.MAP_SHARED, mmap.PROT_READ))
+        return self._view
+
+    def extend(self, size: int) -> None:
+        """Make a live layer's sparse file at least ``size`` bytes long, so that its mapping can stay."""
+        if size > self.size:
+            os.ftruncate(self.fd, size)
+            self.size = size
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """Write bytes; the layer must be live. OSError on a full or broken disk."""
+        if offset + len(data) > self.size:
+            self.extend(min(max(offset + len(data), 2 * self.size), MAX_FILE_SIZE))
+        write_all(self.fd, data, offset)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """A copy of bytes. OSError when the disk cannot read them, StoreDamaged beyond the end of the file."""
+        data = read_exactly(self.fd, length, offset)
+        if len(data) != length:
+            raise StoreDamaged(f"layer file {self.path} is shorter than its pages; run `ramfs fsck`")
+        return data
+
+    def punch(self, first: int, stop: int) -> None:
+        """Give the space of pages ``[first, stop)`` back."""
+        fd = self.fd if self.writable else os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            punch_hole(fd, first << PAGE_SHIFT, (stop - first) << PAGE_SHIFT)
+        finally:
+            if not self.writable:
+                os.close(fd)
+
+    def close(self) -> None:
+        """Close the descriptor; the mapping goes when its last user does."""
+        self._view = None
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class Layer:
+    """A layer of the catalog: its number, state, and where its pages lie."""
+
+    __slots__ = ("base", "digested", "id", "sealed", "shift")
+
+    def __init__(self, id: LayerId, sealed: bool, digested: bool, base: LayerId | None, shift: int) -> None:
+        self.id = id
+        self.sealed = sealed
+        self.digested = digested
+        self.base = id if base is None else base
+        self.shift = shift
+
+    @property
+    def is_alias(self) -> bool:
+        """Has it no file of its own?"""
+        return self.base != self.id
+
+
+class Layers:
+    """All layers of a store, and those of their files that are open."""
+
+    def __init__(self, directory: str, catalog: Catalog) -> None:
+        self.directory = directory
+        self.catalog = catalog
+        self.by_id: dict[LayerId, Layer] = {}
+        self._aliases: dict[tuple[LayerId, int], Layer] = {}
+        self._files: OrderedDict[LayerId, LayerFile] = OrderedDict()
+        for row in catalog.execute("SELECT * FROM layers"):
+            self._add(Layer(row["id"], bool(row["sealed"]), bool(row["digested"]), row["base"], row["shift"]))
+
+    def _add(self, layer: Layer) -> Layer:
+        self.by_id[layer.id] = layer
+        if layer.is_alias:
+            self._aliases[layer.base, layer.shift] = layer
+        return layer
+
+    def __getitem__(self, layer: LayerId) -> Layer:
+        try:
+            return self.by_id[layer]
+        except KeyError:
+            raise StoreDamaged(f"a page table names layer {layer}, which does not exist; run `ramfs fsck`") from None
+
+    def path(self, layer: LayerId, suffix: str = "ram") -> str:
+        """Path of the layer's pages, or with ``suffix`` "xxh3" of its digests."""
+        return os.path.join(self.directory, f"{layer:08x}.{suffix}")
+
+    def create(self, size: int) -> Layer:
+        """A new live layer with an empty, sparse file of ``size`` bytes. Call in a transaction."""
+        number = LayerId(self.catalog.insert("INSERT INTO layers DEFAULT VALUES"))
+        file = LayerFile(self.path(number), writable=True, create=True)
+        self._files[number] = file
+        layer = self._add(Layer(number, False, False, None, 0))
+        self.catalog.on_rollback(lambda: (self._drop(layer), self.remove_files(number)))
+        file.extend(size)
+        self._trim()
+        return layer
+
+    def seal(self, layer: Layer) -> None:
+        """Let nothing be written to the layer any more. Call in a transaction."""
+        self.catalog.execute("UPDATE layers SET sealed = 1 WHERE id = ?", layer.id)
+        layer.sealed = True
+        self.catalog.on_rollback(lambda: setattr(layer, "sealed", False))
+
+    def alias(self, layer: Layer, shift: int) -> Layer:
+        """The layer that names, at page i, what ``layer`` has at page ``i + shift``. Call in a transaction."""
+        shift += layer.shift
+        if shift == 0:
+            return self[layer.base]
+        known = self._aliases.get((layer.base, shift))
+        if known is not None:
+            return known
+        number = LayerId(
+            self.catalog.insert(
+                "INSERT INTO layers (sealed, digested, base, shift) VALUES (1, 1, ?, ?)", layer.base, shift
+            )
+        )
+        alias = self._add(Layer(number, True, True, layer.base, shift))
+        self.catalog.on_rollback(lambda: self._drop(alias))
+        return alias
+
+    def file(self, layer: Layer) -> LayerFile:
+        """The open file that has the layer's pages."""
+        file = self._files.get(layer.base)
+        if file is None:
+            file = self._files[layer.base] = LayerFile(self.path(layer.base), writable=not layer.sealed)
+            self._trim()
+        else:
+            self._files.move_to_end(layer.base)
+        return file
+
+    def _trim(self) -> None:
+        while len(self._files) > OPEN_LAYERS:
+            _, file = self._files.popitem(last=False)
+            file.close()
+
+    def forget(self, layer: Layer) -> None:
+        """Remove the row of a layer that no table names. In a transaction; :meth:`remove_files` once it is durable."""
+        self.catalog.execute("DELETE FROM layers WHERE id = ?", layer.id)
+        self._drop(layer)
+        self.catalog.on_rollback(lambda: self._add(layer))
+
+    def _drop(self, layer: Layer) -> None:
+        del self.by_id[layer.id]
+        if layer.is_alias:
+            del self._aliases[layer.base, layer.shift]
+
+    def remove_files(self, layer: LayerId) -> None:
+        """Remove the files of a layer whose row is gone."""
+        file = self._files.pop(layer, None)
+        if file is not None:
+            file.close()
+        for suffix in ("ram", "xxh3"):
+            try:
+                os.unlink(self.path(layer, suffix))
+            except FileNotFoundError:
+                pass
+
+    def write_digests(self, layer: LayerId) -> None:
+        """Hash every stored page of a sealed layer into its digest file (any thread; gives way often)."""
+        temporary = self.path(layer, "xxh3") + ".new"
+        source = os.open(self.path(layer), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            target = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                size = os.fstat(source).st_size
+                os.ftruncate(target, ((size + PAGE - 1) >> PAGE_SHIFT) * DIGEST)
+                for start, stop in data_extents(source):
+                    for at in range(start, stop, _DIGEST_BATCH * PAGE):
+                        data = read_exactly(source, min(_DIGEST_BATCH * PAGE, stop - at), at)
+                        write_all(target, digest_pages(data), (at >> PAGE_SHIFT) * DIGEST)
+                os.fdatasync(target)
+            finally:
+                os.close(target)
+            os.rename(temporary, self.path(layer, "xxh3"))
+        finally:
+            os.close(source)
+
+    def close(self) -> None:
+        """Close all files."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()

@@ -1,0 +1,28 @@
+"""One daemon for each store: an flock on ``STORE/lock``, which says who holds it."""
+
+import fcntl
+import os
+
+from ramfs.errors import StoreBusy
+
+
+class StoreLock:
+    """The lock of a store, held until :meth:`release` or the end of the process."""
+
+    def __init__(self, directory: str, purpose: str) -> None:
+        """Take the lock. ``purpose`` is told to whoever comes second. Raises StoreBusy."""
+        path = os.path.join(directory, "lock")
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(self._fd, 4096).decode("utf-8", "replace").strip() or "an unknown process"
+            os.close(self._fd)
+            raise StoreBusy(f"store {directory} is in use by {holder}: unmount it there first") from None
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"process {os.getpid()} ({purpose})\n".encode(), 0)
+
+    def release(self) -> None:
+        """Give the lock back."""
+        os.ftruncate(self._fd, 0)
+        os.close(self._fd)

@@ -1,0 +1,214 @@
+"""A store: the directory with its lock, catalog, layers and images; opening it after any kind of end.
+
+Three ways a store can have ended, told apart by two rows of ``meta``:
+
+    clean                  unmounted: every ``.map`` equals its ``.durable`` and all is on disk
+    not clean, same boot   the daemon was killed: page cache and so every ``.map`` is as it was
+    not clean, other boot  the machine went down: ``.durable`` and what the catalog's log kept
+"""
+
+import contextlib
+import ctypes
+import os
+import time
+import uuid
+from typing import Final
+
+from ramfs.errors import StoreDamaged, StoreError
+from ramfs.store.catalog import Catalog
+from ramfs.store.files import copy_range, data_extents, sync_directory
+from ramfs.store.images import Header, Images, SyncJob, pack_header, unpack_layers
+from ramfs.store.layers import Layers
+from ramfs.store.lock import StoreLock
+from ramfs.units import ImageId, LayerId
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+_PARTS: Final = ("layers", "tables")
+
+
+def boot_id() -> str:
+    """The kernel's name for this boot of the machine."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()
+
+
+class Store:
+    """An open store. Used from one thread, but for jobs that say otherwise."""
+
+    def __init__(self, directory: str, *, create: bool = False, purpose: str = "ramfs") -> None:
+        """Open the store; make it if ``create`` and there is none. Raises StoreError and its kinds."""
+        self.directory = os.path.abspath(directory)
+        self._prepare(create)
+        self.lock = StoreLock(self.directory, purpose)
+        try:
+            path = os.path.join(self.directory, "catalog.sqlite")
+            fresh = create and not (os.path.exists(path) and os.path.getsize(path))
+            for part in _PARTS:
+                if fresh:
+                    os.makedirs(os.path.join(self.directory, part), mode=0o700, exist_ok=True)
+                elif not os.path.isdir(os.path.join(self.directory, part)):
+                    raise StoreDamaged(f"{self.directory}/{part} is missing; run `ramfs fsck` on the store")
+            self.catalog = Catalog(path, create=fresh)
+        except BaseException:
+            self.lock.release()
+            raise
+        try:
+            self.layers = Layers(os.path.join(self.directory, "layers"), self.catalog)
+            self.images = Images(os.path.join(self.directory, "tables"), self.catalog, self.layers)
+            self._recover(fresh)
+        except BaseException:
+            self.catalog.close()
+            self.lock.release()
+            raise
+
+    def _prepare(self, create: bool) -> None:
+        try:
+            if create:
+                os.makedirs(self.directory, mode=0o700, exist_ok=True)
+            names = os.listdir(self.directory)
+        except FileNotFoundError:
+            raise StoreError(f"store {self.directory} does not exist: give a directory, or mount to make one") from None
+        except (NotADirectoryError, FileExistsError):
+            raise StoreError(f"store {self.directory} is not a directory: give a directory") from None
+        except OSError as exc:
+            raise StoreError(f"store {self.directory} cannot be opened: {exc.strerror}") from exc
+        if "catalog.sqlite" in names and os.path.getsize(os.path.join(self.directory, "catalog.sqlite")):
+            return
+        if any(part in names and os.listdir(os.path.join(self.directory, part)) for part in _PARTS):
+            raise StoreDamaged(f"store {self.directory} has lost its catalog.sqlite; restore it from a copy")
+        if not create or not set(names) <= {"lock", "lost+found", "catalog.sqlite", *_PARTS}:
+            raise StoreError(f"{self.directory} is not a ramfs store and not empty: give an empty or new directory")
+
+    # -- opening and closing
+
+    def _recover(self, fresh: bool) -> None:
+        catalog, now = self.catalog, boot_id()
+        if fresh:
+            with catalog.transaction():
+                catalog.set_meta("uuid", str(uuid.uuid4()))
+                catalog.set_meta("created", time.time_ns())
+        elif not catalog.meta("clean"):
+            if catalog.meta("boot_id") == now:
+                fd = os.open(self.directory, os.O_RDONLY)
+                try:
+                    if _libc.syncfs(fd):
+                        code = ctypes.get_errno()
+                        raise StoreError(f"store {self.directory} cannot be synced: {os.strerror(code)}")
+                finally:
+                    os.close(fd)
+                self._replace_tables("map", "durable")
+            else:
+                self._replace_tables("durable", "map")
+            self._sweep()
+        with catalog.transaction():
+            catalog.set_meta("boot_id", now)
+            catalog.set_meta("clean", 0)
+        sync_directory(self.directory)
+        catalog.sync()
+
+    def _replace_tables(self, source: str, target: str) -> None:
+        """Let every writable image's ``target`` table file be a copy of its ``source``."""
+        for row in self.catalog.execute("SELECT id FROM images WHERE NOT frozen"):
+            good, bad = self.images.path(row["id"], source), self.images.path(row["id"], target)
+            if not os.path.exists(good):
+                if source == "map":
+                    continue  # fsck's to tell; a stale durable copy must not pass for it
+                # Never synced before the power went: an empty file, as on any file system.
+                self._write_empty(good)
+            temporary = bad + ".new"
+            _copy_sparse(good, temporary)
+            fd = os.open(temporary, os.O_RDONLY)
+            try:
+                os.fdatasync(fd)
+            finally:
+                os.close(fd)
+            os.rename(temporary, bad)
+        sync_directory(self.images.directory)
+
+    def _write_empty(self, path: str) -> None:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            os.pwrite(fd, pack_header(Header(0, now := time.time_ns(), now)), 0)
+            os.fdatasync(fd)
+        finally:
+            os.close(fd)
+
+    def _sweep(self) -> None:
+        """Remove what a killed operation left behind: images that no inode names, files without a row."""
+        with self.catalog.transaction():
+            doomed = self.catalog.execute(
+                "SELECT id FROM images WHERE id NOT IN (SELECT image FROM inodes WHERE image IS NOT NULL)"
+            ).fetchall()
+            for row in doomed:
+                self.images.delete(row["id"])
+            self.images.replaced |= set(self.layers.by_id)
+        self.catalog.sync()
+        known_images = {row["id"] for row in self.catalog.execute("SELECT id FROM images")}
+        for directory, known in ((self.images.directory, known_images), (self.layers.directory, set(self.layers.by_id))):
+            for name in os.listdir(directory):
+                stem, _, suffix = name.partition(".")
+                if suffix.endswith("new") or (_is_hex(stem) and int(stem, 16) not in known):
+                    os.unlink(os.path.join(directory, name))
+        for layer in list(self.layers.by_id.values()):
+            # A live layer of which only the row reached the disk: no durable table can name its pages.
+            if not layer.sealed and not os.path.exists(self.layers.path(layer.id)):
+                with self.catalog.transaction():
+                    self.catalog.execute("UPDATE images SET live = NULL WHERE live = ?", layer.id)
+                    self.layers.forget(layer)
+
+    def close(self) -> None:
+        """Make everything durable and close. Raises OSError if the disk refuses; then the store is not clean."""
+        try:
+            job = self.images.sync_job(self.images.open_images())
+            try:
+                job.run()
+            except BaseException:
+                job.failed()
+                raise
+            finally:
+                job.close()
+            with self.catalog.transaction():
+                self.catalog.set_meta("clean", 1)
+            self.catalog.sync()
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Close all files as they are, without a sync."""
+        self.images.close()
+        self.layers.close()
+        self.catalog.close()
+        self.lock.release()
+
+    # -- facts
+
+    def sync_all(self) -> SyncJob:
+        """A job that makes all that was changed durable."""
+        return self.images.sync_job(image for image in self.images.open_images() if self.images.is_stale(image))
+
+    def statvfs(self) -> os.statvfs_result:
+        """The file system of the store. OSError when it is gone."""
+        return os.statvfs(self.layers.directory)
+
+    def users_of(self, layers: set[LayerId]) -> dict[LayerId, set[ImageId]]:
+        """For each of ``layers``: the images whose tables may name it."""
+        users: dict[LayerId, set[ImageId]] = {layer: set() for layer in layers}
+        for row in self.catalog.execute("SELECT id, layers FROM images"):
+            for layer in unpack_layers(row["layers"]) & layers:
+                users[layer].add(row["id"])
+        return users
+
+
+def _is_hex(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return len(text) == 8 and int(text, 16) >= 0
+    return False
+
+
+def _copy_sparse(source: str, target: str) -> None:
+    """Copy a table file; holes stay holes (they are most of a sparse guest's table)."""
+    with open(source, "rb", buffering=0) as old:
+        fd = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        with open(fd, "r+b", buffering=0) as new:
+            for start, stop in data_extents(old.fileno()):
+                copy_range(old.fileno(), start, new.fileno(), start, stop - start)
