@@ -1,0 +1,1 @@
+"""The benchmark behind tools/bench: ramfs and its peers, in turns, in one run."""

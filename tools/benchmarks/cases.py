@@ -1,0 +1,398 @@
+"""The cases: what is measured, on whom, and what ramfs is meant to reach."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import peers
+from .bench import GIB, KIB, MIB, PAGE, Bench, Unavailable, bdi, pin, run, unmount
+from .peers import Peer, Prepare, Served
+from .stats import Goal, Measure
+
+RAMFS, DAEMON, NBDFUSE, TMPFS = "ramfs", "storage daemon (FUSE export)", "nbdfuse + nbdkit", "tmpfs"
+
+EVERYBODY: dict[str, Peer] = {
+    RAMFS: peers.ramfs,
+    DAEMON: peers.storage_daemon,
+    NBDFUSE: peers.nbdfuse,
+    TMPFS: peers.tmpfs,
+}
+
+
+Measuring = Callable[[Bench], list[Measure]]
+
+
+@dataclass(frozen=True)
+class Case:
+    about: str
+    measure: Measuring
+
+
+CASES: dict[str, Case] = {}
+
+
+def case(name: str, about: str) -> Callable[[Measuring], Measuring]:
+    def register(measure: Measuring) -> Measuring:
+        CASES[name] = Case(about, measure)
+        return measure
+
+    return register
+
+
+@contextmanager
+def serve(bench: Bench, contenders: dict[str, Peer], prepare: Prepare) -> Iterator[dict[str, Served]]:
+    """Start all contenders; those that cannot be had are noted and left out."""
+    with ExitStack() as stack:
+        up: dict[str, Served] = {}
+        for name, peer in contenders.items():
+            try:
+                up[name] = stack.enter_context(peer(bench, prepare))
+            except (Unavailable, RuntimeError, OSError) as error:
+                bench.miss(name, error)
+        yield up
+
+
+def turns(bench: Bench, names: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """Everybody once a round, each round led by another, so that none always follows the same one."""
+    for number in range(bench.rounds):
+        for i in range(len(names)):
+            yield number, names[(i + number) % len(names)]
+
+
+def dense(bench: Bench) -> Prepare:
+    return lambda path: bench.fill(path, bench.size)
+
+
+def rate(size: int, seconds: float) -> float:
+    return size / seconds / 1e9
+
+
+@case("fault", "cold random 4 KiB fault on a mapped file, 1 and 4 threads")
+def fault(bench: Bench) -> list[Measure]:
+    # Most of a fault's time is waking the server and the client, and that costs several times
+    # more on another core than on the same one. Which it is, the scheduler chooses anew for
+    # each run: a coin, not a figure to judge by. So the goals are for both ways, chosen by us.
+    cpus = sorted(os.sched_getaffinity(0))
+    anywhere = "1 thread, wherever the scheduler puts it"
+    kinds: dict[str, tuple[int, int | None, int | None]] = {  # threads, the client's core, the server's
+        anywhere: (1, None, None),
+        "1 thread, server on the same core": (1, cpus[0], cpus[0]),
+        "1 thread, server on another core": (1, cpus[0], cpus[-1]),
+        "4 threads": (4, None, None),
+    }
+    measures: dict[tuple[str, str], Measure] = {}
+    for kind in kinds:
+        for point in ("p50", "p99"):
+            goals = [Goal(1.0, against=DAEMON)] if point == "p50" and kind != anywhere else []
+            measures[kind, point] = Measure(f"cold random fault, {kind}, {point}", "us", goals=goals)
+    with serve(bench, EVERYBODY, dense(bench)) as up:
+        for number, name in turns(bench, list(up)):
+            at = up[name]
+            for kind, (threads, client, server) in kinds.items():
+                pin(at.pids, server)
+                seen = bench.touch(at.path, advice="random", threads=threads, seed=number + 1, cpu=client)
+                check_cold(name, seen)
+                for point in ("p50", "p99"):
+                    measures[kind, point].add(name, seen[f"{point}_us"])
+            pin(at.pids, None)
+    return list(measures.values())
+
+
+def check_cold(name: str, seen: dict[str, float]) -> None:
+    """A fault that finds its page cached, or a hole, is not what these cases are about."""
+    if name != TMPFS and seen["resident"] > 0.01:
+        raise RuntimeError(f"{name}: {seen['resident']:.0%} of the file was still cached")
+    if seen["zeros"]:
+        raise RuntimeError(f"{name}: {int(seen['zeros'])} pages read as zeros")
+
+
+@case("sequential", "first touch of every page in order, mapped, nothing cached")
+def sequential(bench: Bench) -> list[Measure]:
+    same = f"{DAEMON}, with ramfs' read-ahead"
+    goals = [Goal(2.0, True, DAEMON), Goal(1.5, True, NBDFUSE)]
+    found = Measure("cold sequential touch", "GB/s", goals=goals, less_is_better=False)
+    with serve(bench, EVERYBODY, dense(bench)) as up:
+        ahead = read_ahead(up[RAMFS]) if RAMFS in up else 0
+        for number, name in turns(bench, list(up)):
+            seen = bench.touch(up[name].path, order="sequential", seed=number + 1)
+            check_cold(name, seen)
+            found.add(name, rate(bench.size, seen["seconds"]))
+            if name == DAEMON and ahead:  # what it would do if someone tuned its mount as ramfs tunes its own
+                usual = read_ahead(up[name])
+                set_read_ahead(up[name], ahead)
+                seen = bench.touch(up[name].path, order="sequential", seed=number + 1)
+                found.add(same, rate(bench.size, seen["seconds"]))
+                set_read_ahead(up[name], usual)
+    return [found]
+
+
+def read_ahead(served: Served) -> int:
+    return int((bdi(served.mount) / "read_ahead_kb").read_text()) if served.mount else 0
+
+
+def set_read_ahead(served: Served, kib: int) -> None:
+    if served.mount:
+        (bdi(served.mount) / "read_ahead_kb").write_text(f"{kib}\n")
+
+
+@case("store", "stores into a resident shared mapping, pages dirty and just flushed")
+def store(bench: Bench) -> list[Measure]:
+    kinds = {
+        "words_dirty": "storing every word in order, pages dirty",
+        "pages_dirty": "storing one word a page in random order, pages dirty",
+        "words_flushed": "storing every word in order, after a flush",
+        "pages_flushed": "storing one word a page in random order, after a flush",
+    }
+    # After a flush the kernel takes a fault for each page before it may be stored to, which
+    # tmpfs never does and no FUSE server can avoid: told, but without a goal.
+    found = {
+        key: Measure(
+            title,
+            "GB/s" if "words" in key else "million pages/s",
+            less_is_better=False,
+            goals=[Goal(0.8, True, TMPFS)] if "dirty" in key else [],
+        )
+        for key, title in kinds.items()
+    }
+    with serve(bench, EVERYBODY, dense(bench)) as up:
+        for number, name in turns(bench, list(up)):
+            for key, seconds in bench.probe("store", up[name].path, bench.size, number + 1).items():
+                amount = rate(bench.size, seconds) if "words" in key else bench.size / PAGE / seconds / 1e6
+                found[key].add(name, amount)
+    return list(found.values())
+
+
+@case("write", "sequential write(2) into a preallocated file, and fsync")
+def write(bench: Bench) -> list[Measure]:
+    chunks = {"1 MiB": MIB, "128 KiB": 128 * KIB}
+    found = {
+        label: Measure(
+            f"write(2) in calls of {label}, with fsync",
+            "GB/s",
+            less_is_better=False,
+            goals=[Goal(1.0, True, DAEMON)],
+        )
+        for label in chunks
+    }
+    with serve(bench, EVERYBODY, dense(bench)) as up:
+        for number, name in turns(bench, list(up)):
+            for label, chunk in chunks.items():
+                seen = bench.probe("write", up[name].path, bench.size, chunk, number + 1)
+                found[label].add(name, rate(bench.size, seen["write"] + seen["fsync"]))
+        for name, at in up.items():  # what was written must be there
+            check_cold(name, bench.touch(at.path, order="sequential"))
+    return list(found.values())
+
+
+@case("clone", "cp -r of a directory with 16 GiB of block file; reflink, overlay, plain copy")
+def clone(bench: Bench) -> list[Measure]:
+    size = 16 * GIB
+    # A guest that uses huge pages fills its memory in runs of 2 MiB; one that does not, in smaller ones.
+    layouts = {
+        "1 GiB resident": (GIB, 2 * MIB),
+        "64 MiB resident": (64 * MIB, 2 * MIB),
+        "1 GiB in runs of 64 KiB": (GIB, 64 * KIB),
+    }
+    reference, small, _ = layouts
+    subject = f"{RAMFS}, {reference}"
+    took = Measure(
+        "clone 16 GiB",
+        "ms",
+        goals=[Goal(200.0, subject=subject), Goal(2.0, against=f"{RAMFS}, {small}", subject=subject)],
+    )
+    grew = Measure(
+        "growth of the store, of what is resident",
+        "%",
+        goals=[Goal(0.5, subject=f"{RAMFS}, {label}", worst_round=True) for label in (reference, small)],
+    )
+
+    for label, (resident, part) in layouts.items():
+        stride = size * part // resident
+        prepare = filler(bench, size, part, stride)
+        contenders: dict[str, Peer] = {RAMFS: peers.ramfs}
+        if label != small:
+            contenders |= {TMPFS: tmpfs_directory, XFS: xfs_directory, OVERLAY: peers.tmpfs}
+        with serve(bench, contenders, prepare) as up:
+            for number, name in turns(bench, list(up)):
+                source, copy = up[name].path, up[name].path.parent.with_name(f"copy-{number}")
+                before = allocated(up[name])
+                if name == OVERLAY:
+                    copy = bench.fresh("overlay.qcow2")
+                    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", source, "-F", "raw", copy]
+                elif name == XFS:
+                    command = ["cp", "-r", "--reflink=always", source.parent, copy]
+                else:
+                    command = ["cp", "-r", source.parent, copy]
+                begun = time.perf_counter()
+                run([str(word) for word in command])
+                took.add(f"{name}, {label}", (time.perf_counter() - begun) * 1e3)
+                if name == RAMFS:
+                    time.sleep(1)  # what the daemon does behind the answer counts too
+                    grew.add(f"{name}, {label}", 100 * (allocated(up[name]) - before) / resident)
+                    if number == 0:
+                        run(["cmp", source, copy / source.name])
+                run(["rm", "-rf", copy])
+    return [took, grew]
+
+
+XFS, OVERLAY = "cp --reflink on XFS", "qemu-img create, overlay"
+
+
+def filler(bench: Bench, size: int, run_bytes: int, stride: int) -> Prepare:
+    return lambda path: bench.fill(path, size, run_bytes, stride)
+
+
+def allocated(served: Served) -> int:
+    """Bytes that the store really takes; only ramfs has one."""
+    return int(run(["du", "-s", "--block-size=1", served.store]).split()[0]) if served.store else 0
+
+
+@contextmanager
+def tmpfs_directory(bench: Bench, prepare: Prepare) -> Iterator[Served]:
+    place = bench.fresh("tmpfs")
+    (place / "vm").mkdir(parents=True)
+    block = place / "vm" / peers.BLOCK_FILE
+    prepare(block)
+    try:
+        yield Served(block)
+    finally:
+        run(["rm", "-rf", place])
+
+
+@contextmanager
+def xfs_directory(bench: Bench, prepare: Prepare) -> Iterator[Served]:
+    """XFS with reflinks, on a loop device over a file on tmpfs."""
+    image, point = bench.fresh("xfs.img"), bench.fresh("xfs")
+    point.mkdir()
+    with ExitStack() as stack:
+        stack.callback(image.unlink, missing_ok=True)
+        with image.open("wb") as file:
+            file.truncate(20 * GIB)
+        run(["mkfs.xfs", "-q", "-m", "reflink=1", image])
+        run(["mount", "-o", "loop", image, point])
+        stack.callback(unmount, point)
+        (point / "vm").mkdir()
+        block = point / "vm" / peers.BLOCK_FILE
+        prepare(block)
+        run(["sync", "-f", point])
+        yield Served(block, mount=point)
+
+
+@case("chain", "reads after 50 generations of 1 % against a flat file of the same contents")
+def chain(bench: Bench) -> list[Measure]:
+    generations = 50
+    old, flat = "50 generations", "flat"
+    goals = [Goal(1.2, subject=old, against=flat)]
+    found = {
+        "seconds": Measure("cold sequential read, whole file", "ms", goals=goals),
+        "p50_us": Measure("cold random fault, p50", "us", goals=goals),
+        "p99_us": Measure("cold random fault, p99", "us"),
+    }
+    made = Measure("time of one snapshot", "ms")
+    with serve(bench, {RAMFS: peers.ramfs}, dense(bench)) as up:
+        if RAMFS not in up:
+            return []
+        block = up[RAMFS].path
+        for number in range(generations):
+            bench.scatter(block, bench.size, bench.size // PAGE // 100, number + 1)
+            begun = time.perf_counter()
+            (block.parent / ".snap" / f"g{number}").mkdir()
+            made.add(RAMFS, (time.perf_counter() - begun) * 1e3)
+        (block.parent.parent / "flat").mkdir()
+        plain = block.parent.parent / "flat" / peers.BLOCK_FILE
+        run(["dd", f"if={block}", f"of={plain}", "bs=1M", "conv=fsync", "status=none"])
+        run(["cmp", block, plain])
+        files = {old: block, flat: plain}
+        for number, name in turns(bench, list(files)):
+            whole = bench.touch(files[name], order="sequential")
+            random = bench.touch(files[name], advice="random", seed=number + 1)
+            for seen in (whole, random):
+                check_cold(name, seen)
+            found["seconds"].add(name, whole["seconds"] * 1e3)
+            found["p50_us"].add(name, random["p50_us"])
+            found["p99_us"].add(name, random["p99_us"])
+    return [*found.values(), made]
+
+
+@case("memory", "the daemon's own memory with 17 GiB of images touched")
+def memory(bench: Bench) -> list[Measure]:
+    anonymous, beyond = "anonymous", "all but mapped pages of the store's layers"
+    found = Measure("daemon memory", "MiB", goals=[Goal(150.0, subject=beyond, worst_round=True)])
+    try:
+        with peers.ramfs_mount(bench) as at:
+            for number in range(17):
+                vm = at.root / f"vm{number}"
+                vm.mkdir()
+                block = vm / peers.BLOCK_FILE
+                full = number == 16  # after sixteen with one page in every 256 KiB
+                if full:
+                    bench.fill(block, GIB)
+                    bench.touch(block, order="sequential", size=GIB)
+                else:
+                    bench.fill(block, GIB, PAGE, 256 * KIB)
+                    bench.touch(block, size=GIB, advice="random", seed=number + 1)
+                by_path = resident(at.pid)
+                layers = str(at.store.resolve() / "layers")
+                found.add(anonymous, by_path[ANONYMOUS])
+                found.add(beyond, sum(mib for path, mib in by_path.items() if not path.startswith(layers)))
+    except (Unavailable, RuntimeError, OSError) as error:
+        bench.miss(RAMFS, error)
+        return []
+    return [found]
+
+
+ANONYMOUS = ""
+
+
+def resident(pid: int) -> dict[str, float]:
+    """MiB of a process's resident pages, by the path that is mapped."""
+    found = {ANONYMOUS: 0.0}
+    path = ANONYMOUS
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        head = re.match(r"[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ \d+ *(.*)", line)
+        if head:
+            path = ANONYMOUS if head[1].startswith("[") else head[1]
+        elif line.startswith("Rss:"):
+            found[path] = found.get(path, 0.0) + int(line.split()[1]) / KIB
+    return found
+
+
+@case("storm", "first stores to every page of an empty shared file, as a booting guest does")
+def storm(bench: Bench) -> list[Measure]:
+    found = Measure("first stores to an empty file", "GB/s", less_is_better=False)
+    worst = Measure("the longest single store", "ms")
+    contenders = {name: EVERYBODY[name] for name in (RAMFS, DAEMON, TMPFS)}
+    for number in range(bench.rounds):
+        for name, peer in contenders.items():
+            with serve(bench, {name: peer}, lambda path: empty(path, bench.size)) as up:
+                if name in up:
+                    seen = bench.touch(up[name].path, order="sequential", access="write", seed=number + 1)
+                    found.add(name, rate(bench.size, seen["seconds"]))
+                    worst.add(name, seen["max_us"] / 1e3)
+    return [found, worst]
+
+
+def empty(path: Path, size: int) -> None:
+    with path.open("wb") as file:
+        file.truncate(size)
+
+
+@case("resume", "one page in every 64 KiB in random order with MADV_HUGEPAGE, as a resumed QEMU")
+def resume(bench: Bench) -> list[Measure]:
+    found: list[Measure] = []
+    with serve(bench, EVERYBODY, dense(bench)) as up:
+        for access in ("read", "write"):
+            total = Measure(f"resume, {access} faults, until all is touched", "ms")
+            p99 = Measure(f"resume, {access} faults, p99", "us")
+            for number, name in turns(bench, list(up)):
+                seen = bench.touch(up[name].path, access=access, advice="huge", seed=number + 1)
+                total.add(name, seen["seconds"] * 1e3)
+                p99.add(name, seen["p99_us"])
+            found += [total, p99]
+    return found

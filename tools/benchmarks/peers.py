@@ -1,0 +1,155 @@
+"""The contenders: each a context manager that serves one file for the length of its block.
+
+What a peer keeps lies on tmpfs, so no disk decides anything. `prepare` makes the file's
+contents: before the peer starts for those that serve an existing file, and through the
+mount for ramfs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from .bench import Bench, Unavailable, mounted, run, serving, unmount
+
+Prepare = Callable[[Path], None]
+
+BLOCK_FILE = "pc.ram@0x0"
+
+
+@dataclass(frozen=True)
+class Served:
+    path: Path  # the file to map
+    pids: Sequence[int] = ()  # of those who serve it
+    mount: Path | None = None
+    store: Path | None = None  # of ramfs
+
+
+Peer = Callable[[Bench, Prepare], AbstractContextManager[Served]]
+
+
+@contextmanager
+def tmpfs(bench: Bench, prepare: Prepare) -> Iterator[Served]:
+    """The floor: the file itself, with nobody between."""
+    raw = bench.fresh("tmpfs.raw")
+    try:
+        prepare(raw)
+        yield Served(raw)
+    finally:
+        raw.unlink(missing_ok=True)
+
+
+@contextmanager
+def storage_daemon(bench: Bench, prepare: Prepare) -> Iterator[Served]:
+    """qemu-storage-daemon's FUSE export of a raw file.
+
+    Its attributes change at every look, and it keeps no cache across opens, so the probes
+    open it once and never stat it. io_uring was faster than its thread pool where tried.
+    """
+    with tmpfs(bench, prepare) as raw:
+        point = bench.fresh("storage-daemon")
+        point.touch()
+        node = f"driver=file,node-name=ram,filename={raw.path},aio=io_uring"
+        export = f"type=fuse,id=ram,node-name=ram,mountpoint={point},writable=on"
+        command = ["qemu-storage-daemon", "--blockdev", node, "--export", export]
+        try:
+            with serving(command, lambda: mounted(point)) as pid:
+                yield Served(point, [pid], point)
+        finally:
+            unmount(point)
+
+
+@contextmanager
+def nbdfuse(bench: Bench, prepare: Prepare) -> Iterator[Served]:
+    """nbdfuse over nbdkit's file plugin, through a Unix socket."""
+    with tmpfs(bench, prepare) as raw:
+        socket, point = bench.fresh("nbd.sock"), bench.fresh("nbdfuse")
+        point.mkdir()
+        server = ["nbdkit", "--foreground", "--unix", str(socket), "file", str(raw.path)]
+        client = ["nbdfuse", f"{point}/ram", "--unix", str(socket)]
+        with serving(server, socket.exists) as kit, serving(client, lambda: mounted(point)) as fuse:
+            try:
+                yield Served(point / "ram", [kit, fuse], point)
+            finally:
+                unmount(point)
+
+
+@dataclass(frozen=True)
+class Mounted:
+    """A ramfs mount: its root, its store and the daemon that serves it."""
+
+    root: Path
+    store: Path
+    pid: int
+
+
+@contextmanager
+def ramfs_mount(bench: Bench) -> Iterator[Mounted]:
+    store, root = bench.fresh("store"), bench.fresh("ramfs")
+    root.mkdir()
+    if not Path(bench.ramfs[0]).exists():
+        raise Unavailable(f"{bench.ramfs[0]} does not exist; tools/setup makes it")
+    pid = 0
+    try:
+        _detached([*bench.ramfs, "mount", str(store), str(root)])
+        pid = int(json.loads((root / ".ramfs" / "status.json").read_text())["pid"])
+        yield Mounted(root, store, pid)
+    finally:
+        if mounted(root):
+            subprocess.run(
+                [*bench.ramfs, "umount", str(root)], check=False, capture_output=True, start_new_session=True
+            )
+        unmount(root)
+        _gone(pid)
+        run(["rm", "-rf", store])
+
+
+@contextmanager
+def ramfs(bench: Bench, prepare: Prepare) -> Iterator[Served]:
+    with ramfs_mount(bench) as at:
+        (at.root / "vm").mkdir()
+        block = at.root / "vm" / BLOCK_FILE
+        prepare(block)
+        yield Served(block, [at.pid], at.root, at.store)
+
+
+def _detached(command: Sequence[str]) -> None:
+    """Run a command that leaves a daemon behind; a pipe would stay open for as long as that lives."""
+    with tempfile.TemporaryFile("w+") as log:
+        done = subprocess.run(
+            command,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            timeout=60,
+            start_new_session=True,
+        )
+        if done.returncode:
+            log.seek(0)
+            raise RuntimeError((log.read().strip() or f"{command[0]} failed").splitlines()[-1])
+
+
+def _gone(pid: int) -> None:
+    """Wait for the daemon to end, as only then may the store be removed; stop it if it does not."""
+    for number in (0, signal.SIGTERM, signal.SIGKILL):
+        if _lives(pid):
+            os.kill(pid, number)
+        until = time.monotonic() + 10
+        while _lives(pid) and time.monotonic() < until:
+            time.sleep(0.02)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return pid > 0 and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
