@@ -1,0 +1,263 @@
+"""Real guests on a real mount: booted, frozen, cloned and resumed, and asked what became of their memory."""
+
+from __future__ import annotations
+
+import mmap
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from qmp.proxy import Proxy
+from vm.conftest import Lab, assert_goes_on_from, assert_no_tick_is_missing, cp, ramfs, snapshot
+from vm.guest import MIB, PAGE, PART_PAGES_PER_MIB, Guest, GuestFailed
+
+pytestmark = pytest.mark.vm
+
+#: How QEMU gets its RAM: name of the file in the VM's directory, or none for QEMU's own; and how it maps it.
+WAYS = {
+    "-mem-path DIR": ("", {"style": "-mem-path"}),
+    "mem-path=DIR": ("", {}),
+    "mem-path=DIR/ram0": ("ram0", {}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_clones_run_beside_their_parent(lab: Lab, way: str) -> None:
+    name, options = WAYS[way]
+    vm = lab.directory("vm")
+    parent = lab.boot(vm / name, **options)
+    assert [path.name for path in vm.iterdir()] == [name or "pc.ram@0x0"]
+    assert (vm / (name or "pc.ram@0x0")).stat().st_size == parent.mib * MIB
+
+    earliest = parent.ticks[-1]
+    report = snapshot(vm, "one", parent.socket)
+    latest = parent.ticks[-1]
+    parent.tick_on()
+    if way == "-mem-path DIR":
+        # This way maps privately, so QEMU sends the RAM along; nothing else is different.
+        assert "privately" in report["notes"][0]
+    else:
+        assert report["notes"] == []
+        assert report["state_bytes"] < 2 * MIB
+
+    for share in (True, False):
+        copy = lab.mount.path / f"share-{share}"
+        cp("-r", vm / ".snap" / "one", copy)
+        parent.say("overwrite 2 0")
+        clone = lab.resume(copy / name, copy / "state", share=share, **options)
+        assert_goes_on_from(clone, earliest, latest)
+        clone.check([1] * 8)
+        clone.say("overwrite 3 0")
+        clone.say("overwrite 4 7")
+        clone.tick_on()
+        parent.check([2] + [1] * 7)
+        clone.check([3] + [1] * 6 + [4])
+        clone.close()
+    parent.tick_on()
+    assert_no_tick_is_missing(parent)
+
+
+def test_a_directory_serves_one_guest_at_a_time(lab: Lab) -> None:
+    vm = lab.directory("vm")
+    parent = lab.boot(vm)
+    lab.mount.expect("in use|busy|EBUSY")
+    with pytest.raises(GuestFailed, match="busy"):
+        Guest(vm)
+    parent.tick_on()
+    parent.check()
+    parent.close()
+    assert (vm / "pc.ram@0x0").stat().st_size == parent.mib * MIB
+
+
+def test_a_stopped_guest_is_cloned_from_its_live_directory(lab: Lab) -> None:
+    vm, copy = lab.directory("vm"), lab.mount.path / "copy"
+    parent = lab.boot(vm / "ram0")
+    parent.qmp("stop")
+    last = parent.ticks[-1]
+    snapshot(vm, "one", parent.socket)
+    assert not parent.qmp("query-status")["running"]
+    cp("-r", vm, copy)
+    assert sorted(path.name for path in copy.iterdir()) == ["ram0", "state"]
+    assert list((copy / ".snap").iterdir()) == []
+
+    clone = lab.resume(copy / "ram0", copy / "state")
+    assert_goes_on_from(clone, last, last)
+    assert parent.ticks[-1] == last
+    parent.qmp("cont")
+    parent.tick_on()
+    clone.say("overwrite 5 3")
+    parent.check([1] * 8)
+    clone.check([1, 1, 1, 5, 1, 1, 1, 1])
+    assert_no_tick_is_missing(parent)
+
+
+def test_three_generations(lab: Lab) -> None:
+    seeds = [1] * 8
+    line = [lab.boot(lab.directory("g0") / "ram0")]
+    expected = [list(seeds)]
+    for generation in (1, 2, 3):
+        before, here = lab.mount.path / f"g{generation - 1}", lab.mount.path / f"g{generation}"
+        snapshot(before, "next", line[-1].socket)
+        cp("-r", before / ".snap" / "next", here)
+        line.append(lab.resume(here / "ram0", here / "state", share=True))
+        # Each writes to a part of its own and to one that all write to.
+        seeds[generation] = seeds[7] = 10 + generation
+        line[-1].say(f"overwrite {10 + generation} {generation}")
+        line[-1].say(f"overwrite {10 + generation} 7")
+        expected.append(list(seeds))
+    for guest, each in zip(line, expected, strict=True):
+        guest.tick_on(1)
+        guest.check(each)
+
+    # Its forebears go, one after the other; the youngest keeps what it had of them.
+    for generation in (0, 1, 2):
+        line[generation].close()
+        shutil.rmtree(lab.mount.path / f"g{generation}")
+        line[3].check(expected[3])
+
+
+def test_dense_clones_share_their_template(make_lab: Callable[..., Lab]) -> None:
+    lab = make_lab(["template_rdwr"])
+    vm = lab.directory("vm")
+    parent = lab.boot(vm / "ram0")
+    snapshot(vm, "template", parent.socket)
+    parent.close()
+    template = vm / ".snap" / "template"
+
+    clones = []
+    for number in range(8):
+        here = lab.mount.path / f"dense{number}"
+        cp("-al", template, here)
+        assert (here / "ram0").stat().st_ino == (template / "ram0").stat().st_ino
+        clones.append(lab.resume(here / "ram0", here / "state", share=False))
+    for number, clone in enumerate(clones):
+        clone.say(f"overwrite {20 + number} 2")
+        clone.say(f"overwrite {30 + number} 5")
+    for number, clone in enumerate(clones):
+        clone.check([1, 1, 20 + number, 1, 1, 30 + number, 1, 1])
+
+    told_to_write = 2 * 16 * PART_PAGES_PER_MIB
+    with open(template / "ram0", "rb") as file:
+        frozen = np.frombuffer(file.read(), np.uint64).reshape(-1, PAGE // 8)
+    for clone in clones:
+        clone.qmp("stop")
+        private = clone.usage().private_dirty
+        ram = np.frombuffer(clone.ram(), np.uint64).reshape(-1, PAGE // 8)
+        changed = int(np.count_nonzero((ram != frozen).any(axis=1)))
+        # Each costs what it wrote. The kernel of the guest writes too: stacks, page tables, its log; and
+        # some of that is the same as before, which makes a page private but not different.
+        assert told_to_write <= changed <= private
+        assert private <= 1.25 * changed + 256, f"{private} private pages for {changed} changed ones"
+        assert private < clone.mib * MIB // PAGE // 8
+    assert template.joinpath("ram0").read_bytes() == frozen.tobytes()
+
+
+def test_a_snapshot_under_constant_writing(lab: Lab) -> None:
+    vm, copy = lab.directory("vm"), lab.mount.path / "copy"
+    parent = lab.boot(vm / "ram0", boot="tick=0.2 fill=1:32")
+    parent.say("churn 8192")
+    report = snapshot(vm, "one", parent.socket)
+    cp("-r", vm / ".snap" / "one", copy)
+    clone = lab.resume(copy / "ram0", copy / "state")
+    clone.check([1] * 8)
+    parent.check([1] * 8)
+    # The first round had to flush what was filled; the last one, for which the guest waited, much less.
+    flushed = [each["bytes"] for each in report["rounds"]]
+    if None not in flushed:
+        assert flushed[0] > 32 * MIB
+        assert flushed[-1] < flushed[0] / 2
+
+
+def test_frozen_memory_stays(lab: Lab) -> None:
+    vm = lab.directory("vm")
+    parent = lab.boot(vm / "ram0")
+    snapshot(vm, "one", parent.socket)
+    frozen = vm / ".snap" / "one" / "ram0"
+    before = frozen.read_bytes()
+    parent.say("overwrite 2 0")
+    snapshot(vm, "two", parent.socket)
+    assert frozen.read_bytes() == before
+    after = (vm / ".snap" / "two" / "ram0").read_bytes()
+    # What the guest was told to write is in the second one only, and the rest of its data is in both.
+    pages = {after[at : at + PAGE] for at in range(0, len(after), PAGE)}
+    old = {before[at : at + PAGE] for at in range(0, len(before), PAGE)}
+    assert len(pages - old) >= 16 * PART_PAGES_PER_MIB
+    assert len(pages & old) >= 7 * 16 * PART_PAGES_PER_MIB
+
+
+def test_memory_is_read_live(lab: Lab) -> None:
+    vm = lab.directory("vm")
+    parent = lab.boot(vm / "ram0")
+    # Written while the file is read by another process, in a command line that only the guest knows.
+    parent.say("say an-unlikely-word-71c9")
+    with open(vm / "ram0", "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        assert mapped.find(b"an-unlikely-word-71c9") >= 0
+    parent.check()
+
+
+# --- what goes wrong ---
+
+
+def assert_nothing_was_made(vm: Path, state: bytes) -> None:
+    assert list((vm / ".snap").iterdir()) == []
+    assert sorted(path.name for path in vm.iterdir()) == ["ram0", "state"]
+    assert (vm / "state").read_bytes() == state
+
+
+@pytest.mark.parametrize("step", ["stop", "migrate", "query-migrate"])
+def test_qemu_is_killed_in_the_middle(lab: Lab, tmp_path: Path, step: str) -> None:
+    vm = lab.directory("vm")
+    (vm / "state").write_bytes(b"older")
+    parent = lab.boot(vm / "ram0")
+    with Proxy(parent.socket, parent.socket.with_name("proxy"), {step: lambda _: parent.kill()}) as proxy:
+        done = ramfs("snapshot", vm, "one", "--qmp", proxy.path)
+    assert done.returncode == 9
+    assert len(done.stderr.splitlines()) == 1
+    assert_nothing_was_made(vm, b"older")
+
+
+def test_qemu_refuses(lab: Lab) -> None:
+    vm = lab.directory("vm")
+    (vm / "state").write_bytes(b"older")
+    cannot_be_saved: dict[str, Any] = {
+        "args": ["-blockdev", "null-co,node-name=disk", "-device", "nvme,drive=disk,serial=1"]
+    }
+    parent = lab.boot(vm / "ram0", **cannot_be_saved)
+    done = ramfs("snapshot", vm, "one", "--qmp", parent.socket)
+    assert done.returncode == 9
+    assert "non-migratable device" in done.stderr
+    assert_nothing_was_made(vm, b"older")
+    parent.tick_on()
+    assert_no_tick_is_missing(parent)
+    parent.check()
+
+
+def test_the_name_is_taken_at_the_last_moment(lab: Lab) -> None:
+    vm = lab.directory("vm")
+    parent = lab.boot(vm / "ram0")
+    (vm / "state").write_bytes(b"older" * 10_000)
+
+    def somebody_is_quicker(_: object) -> None:
+        if not (vm / ".snap" / "one").exists():
+            (vm / ".snap" / "one").mkdir()
+
+    with Proxy(
+        parent.socket, parent.socket.with_name("proxy"), {"query-migrate": somebody_is_quicker}
+    ) as proxy:
+        done = ramfs("snapshot", vm, "one", "--qmp", proxy.path)
+    assert done.returncode == 1
+    assert "exists" in done.stderr
+    (vm / ".snap" / "one").rmdir()
+    assert_nothing_was_made(vm, b"older" * 10_000)
+    parent.tick_on()
+
+
+def test_no_qemu_behind_the_socket(lab: Lab) -> None:
+    vm = lab.directory("vm")
+    done = ramfs("snapshot", vm, "one", "--qmp", vm / "nowhere")
+    assert done.returncode == 9
+    assert len(done.stderr.splitlines()) == 1
+    assert list((vm / ".snap").iterdir()) == []
