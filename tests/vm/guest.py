@@ -112,7 +112,11 @@ class Guest:
         )
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
-        self._wait(self.socket.exists, 20, "has no QMP socket")
+        try:
+            self._wait(self.socket.exists, 20, "has no QMP socket")
+        except BaseException:
+            self.close()
+            raise
 
     # --- life ---
 

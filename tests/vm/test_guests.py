@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from qmp.proxy import Proxy
 from vm.conftest import Lab, assert_goes_on_from, assert_no_tick_is_missing, cp, ramfs, snapshot
-from vm.guest import MIB, PAGE, PART_PAGES_PER_MIB, Guest, GuestFailed
+from vm.guest import MIB, PAGE, PART_PAGES_PER_MIB, GuestFailed
 
 pytestmark = pytest.mark.vm
 
@@ -65,7 +65,7 @@ def test_a_directory_serves_one_guest_at_a_time(lab: Lab) -> None:
     parent = lab.boot(vm)
     lab.mount.expect("in use|busy|EBUSY")
     with pytest.raises(GuestFailed, match="busy"):
-        Guest(vm)
+        lab.start(vm)
     parent.tick_on()
     parent.check()
     parent.close()

@@ -1,0 +1,275 @@
+"""The demonstration itself; started by tools/demo, which has set everything up."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from ramfs import qmp
+
+MIB = 1 << 20
+RAM = 256
+FILLED = 96
+TICK = 0.25
+RAMFS = Path(sys.executable).with_name("ramfs")
+
+BOLD, DIM, PLAIN = ("\x1b[1m", "\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "", "")
+
+
+class DemoFailed(Exception):
+    """The demonstration cannot go on, or did not show what it promised."""
+
+
+# --- what is shown ---
+
+
+class Steps:
+    """Numbers the steps, and keeps how long each took for the table at the end."""
+
+    def __init__(self) -> None:
+        self.times: list[tuple[str, float]] = []
+
+    @contextlib.contextmanager
+    def step(self, title: str) -> Iterator[None]:
+        print(f"\n{BOLD}{len(self.times) + 1}. {title}{PLAIN}", flush=True)
+        begin = time.monotonic()
+        yield
+        self.times.append((title, time.monotonic() - begin))
+
+
+def show(text: str) -> None:
+    print(f"   {text}", flush=True)
+
+
+def run(command: list[str], short: str, mount: Path) -> None:
+    """Run a command; show it as a person would type it, what it says, and how long it took."""
+    show(f"$ {short}")
+    begin = time.monotonic()
+    # Ctrl-C is ours to handle, in order; hence a process group of its own.
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        start_new_session=True,
+    )
+    seconds = time.monotonic() - begin
+    for line in done.stdout.splitlines():
+        show(f"  {line.replace(str(mount), 'MNT')}")
+    if done.returncode:
+        raise DemoFailed(f"{short} failed with exit status {done.returncode}")
+    show(f"{DIM}  ({seconds * 1000:.0f} ms){PLAIN}")
+
+
+# --- a guest ---
+
+
+class Vm:
+    """A QEMU whose serial line is listened to."""
+
+    def __init__(self, name: str, memory: Path, socket: Path, images: list[str], *, incoming: bool) -> None:
+        self.name = name
+        self.socket = socket
+        self.lines: list[str] = []
+        command = ["qemu-system-x86_64", "-accel", "tcg", "-m", str(RAM)]
+        command += ["-object", f"memory-backend-file,id=pc.ram,size={RAM}M,mem-path={memory},share=on"]
+        command += ["-machine", "pc,memory-backend=pc.ram"]
+        if incoming:
+            command += ["-incoming", "defer"]
+        show("$ " + " ".join(command).replace(str(memory), f"MNT/{memory.name}") + " ...")
+        command += ["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio"]
+        command += ["-qmp", f"unix:{socket},server=on,wait=off", "-kernel", images[0], "-initrd", images[1]]
+        command += ["-append", f"console=ttyS0 quiet panic=-1 tick={TICK} fill=1:{FILLED}"]
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        assert self.process.stdout is not None
+        for raw in self.process.stdout:
+            self.lines.append(raw.decode(errors="replace").strip())
+
+    @property
+    def ticks(self) -> list[int]:
+        return [int(found[1]) for line in list(self.lines) if (found := re.fullmatch(r"tick (\d+)", line))]
+
+    def wait(self, ready: Callable[[], bool], what: str, timeout: float = 30) -> None:
+        deadline = time.monotonic() + timeout
+        while not ready():
+            if self.process.poll() is not None:
+                assert self.process.stderr is not None
+                said = self.process.stderr.read().decode(errors="replace").strip()
+                raise DemoFailed(f"QEMU of the {self.name} ended: {said}")
+            if time.monotonic() > deadline:
+                raise DemoFailed(f"the {self.name} {what} within {timeout:.0f} s")
+            time.sleep(0.01)
+
+    def ask(self, command: str) -> str:
+        asked = len(self.lines)
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{command}\n".encode())
+        self.process.stdin.flush()
+
+        def answers() -> list[str]:
+            return [line[2:] for line in self.lines[asked:] if line.startswith("= ")]
+
+        self.wait(lambda: bool(answers()), f"did not answer {command!r}")
+        return answers()[0]
+
+    async def resume(self, state: Path) -> None:
+        async with qmp.connect(self.socket) as guest:
+            await guest.load_state(state)
+            await guest.cont()
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+
+# --- the demonstration ---
+
+
+class Demo:
+    def __init__(self, images: list[str]) -> None:
+        self.images = images
+        memory = Path("/dev/shm")
+        self.base = Path(
+            tempfile.mkdtemp(prefix="ramfs-demo-", dir=memory if os.access(memory, os.W_OK) else None)
+        )
+        self.sockets = Path(tempfile.mkdtemp(prefix="ramfs-demo-", dir="/tmp"))  # a socket's path is short
+        self.store = self.base / "store"
+        self.mount = self.base / "mnt"
+        self.mounted = False
+        self.guests: list[Vm] = []
+
+    def close(self) -> None:
+        for guest in self.guests:
+            guest.end()
+        if self.mounted:
+            done = subprocess.run([RAMFS, "umount", self.mount], capture_output=True, check=False)
+            if done.returncode:
+                lazy = ["umount", "-l"] if os.geteuid() == 0 else ["fusermount3", "-uz"]
+                subprocess.run([*lazy, str(self.mount)], capture_output=True, check=False)
+        if not os.path.ismount(self.mount):
+            shutil.rmtree(self.base, ignore_errors=True)
+        shutil.rmtree(self.sockets, ignore_errors=True)
+
+    def start(self, name: str, *, incoming: bool) -> Vm:
+        guest = Vm(name, self.mount / name, self.sockets / name, self.images, incoming=incoming)
+        self.guests.append(guest)
+        guest.wait(guest.socket.exists, "had no QMP socket")
+        return guest
+
+    def stored(self) -> int:
+        """Bytes that the store takes."""
+        out = subprocess.run(["du", "-s", "-B1", self.store], stdout=subprocess.PIPE, text=True, check=True)
+        return int(out.stdout.split()[0])
+
+    def run(self) -> None:
+        steps = Steps()
+        with steps.step("Mount an empty store"):
+            self.mounted = True
+            run([str(RAMFS), "mount", str(self.store), str(self.mount)], "ramfs mount STORE MNT", self.mount)
+            (self.mount / "parent").mkdir()
+        with steps.step(f"Boot a Linux guest whose {RAM} MiB of RAM are a file in MNT/parent"):
+            parent = self.start("parent", incoming=False)
+            parent.wait(lambda: len(parent.ticks) >= 3, "did not tick")
+            show(f"it has filled {FILLED} MiB with known data, and ticks: {row(parent.ticks, range(3))}")
+            run(["ls", "-l", str(self.mount / "parent")], "ls -l MNT/parent", self.mount)
+        with steps.step("Snapshot it while it runs"):
+            earliest = parent.ticks[-1]
+            socket = str(parent.socket)
+            command = [str(RAMFS), "snapshot", str(self.mount / "parent"), "warm", "--qmp", socket]
+            run(command, "ramfs snapshot MNT/parent warm --qmp SOCKET", self.mount)
+            latest = parent.ticks[-1]
+            before = self.stored()
+        with steps.step("Clone it by copying the directory"):
+            source, clone_at = self.mount / "parent" / ".snap" / "warm", self.mount / "clone"
+            run(["cp", "-r", str(source), str(clone_at)], "cp -r MNT/parent/.snap/warm MNT/clone", self.mount)
+            after = self.stored()
+        with steps.step("Resume the clone beside its parent"):
+            clone = self.start("clone", incoming=True)
+            asyncio.run(clone.resume(clone_at / "state"))
+            clone.wait(lambda: len(clone.ticks) >= 1, "did not tick")
+        with steps.step("Watch both tick on from the same tick"):
+            first = clone.ticks[0]
+            clone.wait(lambda: clone.ticks[-1] >= first + 6, "stopped ticking")
+            parent.wait(lambda: parent.ticks[-1] >= first + 9, "stopped ticking")
+            shown = range(max(first - 3, 0), parent.ticks[-1] + 1)
+            show(f"parent  {row(parent.ticks, shown)}")
+            show(f"clone   {row(clone.ticks, shown)}")
+            show(f"The snapshot was taken at tick {first - 1}; each tick is {TICK} s of the guest's time.")
+        with steps.step("Let both write, and check all of their memory"):
+            for guest, seed in ((parent, 2), (clone, 3)):
+                guest.ask(f"overwrite {seed} 0")
+            for guest, seed in ((parent, 2), (clone, 3)):
+                answer = guest.ask("verify")
+                show(f"{guest.name + ':':8}{answer}")
+                if not answer.startswith(f"verified ok seeds={seed},1,1,1,1,1,1,1 "):
+                    raise DemoFailed(f"the {guest.name} finds its memory damaged")
+        with steps.step("What it took"):
+            run([str(RAMFS), "du", str(self.mount)], "ramfs du MNT", self.mount)
+            show(f"the store before cp -r: {before / MIB:8.1f} MiB")
+            show(f"the store after cp -r:  {after / MIB:8.1f} MiB   ({(after - before) / 1024:.0f} KiB more)")
+        print()
+        for title, seconds in steps.times:
+            show(f"{title:72} {seconds:6.2f} s")
+
+        if not earliest + 1 <= first <= latest + 2:
+            raise DemoFailed(
+                f"the clone began at tick {first}, its parent was between {earliest} and {latest}"
+            )
+        for guest in (parent, clone):
+            if guest.ticks != list(range(guest.ticks[0], guest.ticks[-1] + 1)):
+                raise DemoFailed(f"the {guest.name} missed a tick")
+        print(f"\n{BOLD}One guest became two, and both run. Cleaning up.{PLAIN}", flush=True)
+
+
+def row(ticks: list[int], shown: range) -> str:
+    """The ticks, each in the column that it has in every row."""
+    return " ".join(f"{tick:3}" if tick in ticks else "   " for tick in shown)
+
+
+def interrupted(number: int, _: object) -> NoReturn:
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)  # the clearing up is not to be cut short
+    print("\ninterrupted; cleaning up", flush=True)
+    raise SystemExit(128 + number)
+
+
+def main() -> int:
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, interrupted)
+    demo = Demo(sys.argv[1:])
+    try:
+        demo.run()
+    except (DemoFailed, qmp.QmpError, OSError) as error:
+        print(f"\ndemo: {error}", file=sys.stderr)
+        return 1
+    finally:
+        demo.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
