@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import mmap
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -253,6 +258,43 @@ def test_the_name_is_taken_at_the_last_moment(lab: Lab) -> None:
     (vm / ".snap" / "one").rmdir()
     assert_nothing_was_made(vm, b"older" * 10_000)
     parent.tick_on()
+
+
+def test_the_guest_goes_on_though_the_mount_hangs(lab: Lab) -> None:
+    vm = lab.directory("vm")
+    parent = lab.boot(vm / "ram0")
+    daemon = lab.mount.pid
+    hooks = {"stop": lambda _: os.kill(daemon, signal.SIGSTOP)}
+    try:
+        with Proxy(parent.socket, parent.socket.with_name("proxy"), hooks) as proxy:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "ramfs", "snapshot", vm, "one", "--qmp", proxy.path],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            while "stop" not in proxy.passed:
+                assert process.poll() is None
+                time.sleep(0.01)
+            time.sleep(0.3)  # into the flush, which cannot end
+            assert "cont" not in proxy.passed
+            process.send_signal(signal.SIGINT)
+            deadline = time.monotonic() + 5
+            while "cont" not in proxy.passed:
+                assert time.monotonic() < deadline, "the guest is not continued"
+                time.sleep(0.01)
+            # The temporary file can be removed only when the mount answers again.
+            os.kill(daemon, signal.SIGCONT)
+            _, said = process.communicate(timeout=30)
+    finally:
+        os.kill(daemon, signal.SIGCONT)
+    assert process.returncode == 130
+    assert "interrupted by SIGINT" in said
+    assert sorted(path.name for path in vm.iterdir()) == ["ram0"]
+    assert list((vm / ".snap").iterdir()) == []
+    parent.tick_on()
+    parent.check()
 
 
 def test_no_qemu_behind_the_socket(lab: Lab) -> None:

@@ -152,11 +152,10 @@ class Vm:
 class Demo:
     def __init__(self, images: list[str]) -> None:
         self.images = images
+        prefix = f"ramfs-demo-{os.getpid()}-"
         memory = Path("/dev/shm")
-        self.base = Path(
-            tempfile.mkdtemp(prefix="ramfs-demo-", dir=memory if os.access(memory, os.W_OK) else None)
-        )
-        self.sockets = Path(tempfile.mkdtemp(prefix="ramfs-demo-", dir="/tmp"))  # a socket's path is short
+        self.base = Path(tempfile.mkdtemp(prefix=prefix, dir=memory if os.access(memory, os.W_OK) else None))
+        self.sockets = Path(tempfile.mkdtemp(prefix=prefix, dir="/tmp"))  # a socket's path is short
         self.store = self.base / "store"
         self.mount = self.base / "mnt"
         self.mounted = False
