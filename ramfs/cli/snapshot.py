@@ -24,7 +24,6 @@ import json
 import os
 import signal
 import stat
-import sys
 import tempfile
 import time
 from collections.abc import Coroutine, Iterator
@@ -447,7 +446,3 @@ def _mib(count: int) -> str:
 
 def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1000:.0f} ms" if seconds < 10 else f"{seconds:.1f} s"
-
-
-if __name__ == "__main__":
-    sys.exit(snapshot.main())
