@@ -292,12 +292,12 @@ class Snapshot:
             number = len(self.report.rounds)
             guest = "" if each.running else ", guest stopped"
             amount = "" if each.bytes is None else f"{_mib(each.bytes)} "
-            click.echo(f"round {number}: {amount}flushed in {_milliseconds(each.seconds)}{guest}")
+            _say(f"round {number}: {amount}flushed in {_milliseconds(each.seconds)}{guest}")
 
     def _note(self, text: str) -> None:
         self.report.notes.append(text)
         if not self.quiet:
-            click.echo(f"note: {text}", err=True)
+            _say(f"note: {text}", err=True)
 
     def _look_at_memory(self, pid: int | None) -> None:
         """Say so when the guest's stores do not reach the directory, as far as that can be told."""
@@ -366,16 +366,16 @@ def snapshot(directory: str, name: str, socket: str | None, limit: int, as_json:
             raise run._exists()
         report = _run(run, run.alone() if socket is None else run.with_guest(socket))
     if as_json:
-        click.echo(json.dumps({**asdict(report), "flushed": report.flushed()}))
+        _say(json.dumps({**asdict(report), "flushed": report.flushed()}))
         return
     if report.state_bytes is not None and report.save is not None:
-        click.echo(f"state: {_mib(report.state_bytes)} saved in {_milliseconds(report.save)}")
+        _say(f"state: {_mib(report.state_bytes)} saved in {_milliseconds(report.save)}")
     if report.freeze is not None:
-        click.echo(f"frozen in {_milliseconds(report.freeze)}: {report.snapshot}")
+        _say(f"frozen in {_milliseconds(report.freeze)}: {report.snapshot}")
     if report.pause is not None:
-        click.echo(f"the guest paused for {_milliseconds(report.pause)}")
+        _say(f"the guest paused for {_milliseconds(report.pause)}")
     elif report.state_bytes is not None:
-        click.echo("the guest was stopped before and stays so")
+        _say("the guest was stopped before and stays so")
 
 
 def _run(run: Snapshot, work: Coroutine[Any, Any, T]) -> T:
@@ -438,6 +438,16 @@ def _discard(fd: int, path: str) -> None:
 def _remove(path: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
+
+
+def _say(text: str, *, err: bool = False) -> None:
+    try:
+        click.echo(text, err=err)
+    except OSError:
+        # A reader who has gone away is no reason to give up, the less so while a guest is stopped.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2 if err else 1)
+        os.close(nowhere)
 
 
 def _mib(count: int) -> str:

@@ -64,6 +64,17 @@ def test_tells_people_rounds_and_pause(directory: Directory, machine: Machine) -
     assert lines[-1].startswith("the guest paused for ")
 
 
+def test_nobody_reads_what_it_says(directory: Directory, machine: Machine) -> None:
+    guest = machine()
+    process = directory.start("one", "--qmp", str(guest.socket))
+    assert process.stdout is not None
+    process.stdout.close()
+    process.stdout = None
+    assert finish(process).code == 0
+    assert directory.snapshots() == ["one"]
+    assert guest.status() == "running"
+
+
 def test_without_a_guest_only_freezes(directory: Directory) -> None:
     (directory.path / "ram0").write_bytes(b"x" * 10_000)
     done = directory.snapshot("one", "--json")

@@ -188,6 +188,7 @@ class Demo:
         steps = Steps()
         with steps.step("Mount an empty store"):
             self.mounted = True
+            self.mount.mkdir()
             run([str(RAMFS), "mount", str(self.store), str(self.mount)], "ramfs mount STORE MNT", self.mount)
             (self.mount / "parent").mkdir()
         with steps.step(f"Boot a Linux guest whose {RAM} MiB of RAM are a file in MNT/parent"):
