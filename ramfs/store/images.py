@@ -94,7 +94,7 @@ class Image:
     """
 
     __slots__ = (
-        "_table", "ctime", "fd", "frozen", "header_stale", "id", "layers", "live", "mtime", "path", "size", "synced_name", "users",
+        "_fd", "_table", "ctime", "frozen", "header_stale", "id", "layers", "live", "mtime", "path", "size", "synced_name", "users",
     )  # fmt: skip
 
     def __init__(self, id: ImageId, frozen: bool, live: Layer | None, layers: set[LayerId], path: str) -> None:
@@ -104,12 +104,23 @@ class Image:
         self.layers = layers
         """superset of the layers that the table names, as the catalog has it"""
         self.path = path
-        self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        self.size, self.mtime, self.ctime = unpack_header(read_exactly(self.fd, HEADER, 0), path)
+        self._fd = -1
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self.size, self.mtime, self.ctime = unpack_header(read_exactly(fd, HEADER, 0), path)
+        finally:
+            os.close(fd)
         self._table: PageTable | None = None
         self.users = 0
         self.header_stale = False
         self.synced_name = True
+
+    @property
+    def fd(self) -> int:
+        """The table file, opened on first use: most files of a tree are only looked at from outside."""
+        if self._fd < 0:
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        return self._fd
 
     @property
     def table(self) -> PageTable:
@@ -139,11 +150,11 @@ class Image:
         write_all(self.fd, memoryview(entries).cast("B"), HEADER + first * ENTRY)
 
     def close(self) -> None:
-        """Close the table file."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-            self._table = None
+        """Close the table file and let go of the table."""
+        self._table = None
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 @dataclass

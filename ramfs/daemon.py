@@ -1,0 +1,172 @@
+"""Assembly: store, pager, namespace and mount; background work, signals, readiness."""
+
+import logging
+import os
+import resource
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from ramfs.errors import RamfsError
+from ramfs.fuse import tuning
+from ramfs.fuse.flush import Flusher
+from ramfs.fuse.operations import Operations
+from ramfs.fuse.session import Session
+from ramfs.inspect.counters import Counters
+from ramfs.inspect.report import Observer
+from ramfs.namespace import Namespace
+from ramfs.pager import Pager
+from ramfs.store.store import Store
+
+log = logging.getLogger(__name__)
+
+#: Seconds after which what was written is on disk, as with other file systems.
+CHECKPOINT: Final = 30.0
+#: Seconds between looks for layers to digest, and for garbage.
+HOUSEKEEPING: Final = 1.0
+#: Seconds that a sealed layer waits for its digests: first the guest that was just cloned gets the machine.
+DIGEST_DELAY: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class MountRequest:
+    """What ``ramfs mount`` was asked for. ``options`` are those for libfuse and the kernel."""
+
+    store: str
+    mountpoint: str
+    options: tuple[str, ...] = ()
+    template_rdwr: bool = False
+
+
+def notify_systemd(message: str) -> None:
+    """Tell systemd, if it started us with Type=notify (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(message.encode(), "\0" + address[1:] if address.startswith("@") else address)
+
+
+class Daemon:
+    """One mounted store."""
+
+    def __init__(self, request: MountRequest, ready: Callable[[], None]) -> None:
+        self.request = request
+        self.ready = ready
+        self.stopping = False
+        self._wake = trio.Event()
+
+    def run(self) -> None:
+        """Mount, serve until unmounted or told to stop, close the store. Raises RamfsError."""
+        request = self.request
+        _raise_file_limit()
+        store = Store(request.store, create=True, purpose=f"mounted at {request.mountpoint}")
+        try:
+            self.pager = Pager(store)
+            self.namespace = Namespace(self.pager)
+            self.observer = Observer(store, self.namespace, Counters(), request.mountpoint, {}, time.monotonic())
+            self.flusher = Flusher(request.mountpoint)
+            operations = Operations(
+                self.pager, self.namespace, self.observer, self.flusher, template_rdwr=request.template_rdwr
+            )
+            session = Session(operations, request.mountpoint, request.options)
+            try:
+                trio.run(self._main)
+            finally:
+                notify_systemd("STOPPING=1")
+                session.close()
+        except BaseException:
+            store.abandon()
+            raise
+        store.close()
+        log.info("unmounted %s", request.mountpoint)
+
+    async def _main(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch_signals, nursery.cancel_scope)
+            nursery.start_soon(self._start, nursery)
+            await Session.serve()
+            nursery.cancel_scope.cancel()
+
+    async def _start(self, nursery: trio.Nursery) -> None:
+        """Things for which the mount must answer already."""
+        device = await trio.to_thread.run_sync(self.flusher.look)
+        refused = tuning.tune(device)
+        if refused:
+            log.warning(
+                "cannot set %s of the mount (needs root): guests that dirty much memory will be held back",
+                ", ".join(refused),
+            )
+        self.observer.connection = Session.connection()
+        nursery.start_soon(self._keep_house)
+        nursery.start_soon(self._checkpoint)
+        log.info("mounted %s at %s", self.request.store, self.request.mountpoint)
+        notify_systemd(f"READY=1\nSTATUS=Serving {self.request.mountpoint}")
+        self.ready()
+
+    # -- signals
+
+    async def _watch_signals(self, scope: trio.CancelScope) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            async for number in signals:
+                if number == signal.SIGHUP:
+                    continue
+                if self.stopping:
+                    Session.stop()  # the second one: without waiting for what is still being flushed
+                    continue
+                self.stopping = True
+                log.info("%s: flushing and unmounting", signal.Signals(number).name)
+                trio.lowlevel.spawn_system_task(self._stop)
+
+    async def _stop(self) -> None:
+        """Take over what guests have in mapped pages, then end."""
+        try:
+            paths = [
+                path
+                for path, inode in self.namespace.files_below(self.namespace.get_root())
+                if any(opener.writable for opener in inode.opens.values())
+            ]
+            await self.flusher.flush(paths)
+        except (OSError, RamfsError) as exc:
+            log.error("not all mapped pages could be flushed: %s", exc)
+        Session.stop()
+
+    # -- background work
+
+    async def _keep_house(self) -> None:
+        """Digests and garbage, when there is something to do."""
+        sealed_since: dict[int, float] = {}
+        while True:
+            await trio.sleep(HOUSEKEEPING)
+            now = trio.current_time()
+            try:
+                waiting = self.pager.undigested()
+                sealed_since = {layer.id: sealed_since.get(layer.id, now) for layer in waiting}
+                for layer in waiting:
+                    if now - sealed_since[layer.id] >= DIGEST_DELAY:
+                        await self.pager.digest(layer)
+                if self.pager.has_garbage():
+                    await self.pager.collect()
+                    self.observer.counters.garbage_passes += 1
+            except (OSError, RamfsError) as exc:
+                log.error("housekeeping of the store failed, will try again: %s", exc)
+                await trio.sleep(CHECKPOINT)
+
+    async def _checkpoint(self) -> None:
+        """Nothing stays in memory only for longer than CHECKPOINT."""
+        while True:
+            await trio.sleep(CHECKPOINT)
+            try:
+                await self.pager.sync()
+            except (OSError, RamfsError) as exc:
+                log.error("the store could not be synced, will try again: %s", exc)
+
+
+def _raise_file_limit() -> None:
+    """Every layer and table in use is an open file."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

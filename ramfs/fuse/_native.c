@@ -1,0 +1,289 @@
+/* What pyfuse3 lacks, added from below.
+ *
+ * pyfuse3 calls libfuse through the dynamic linker. This module is loaded with RTLD_GLOBAL before pyfuse3, so
+ * the two functions of libfuse that are defined here again are found first:
+ *
+ *   fuse_session_new          completes the table of operations, keeps the session, edits the INIT reply
+ *   fuse_session_receive_buf  answers READ and WRITE at once, without a turn through the event loop
+ *
+ * Everything here runs in pyfuse3's loop, which enters libfuse with the GIL held. Operations are handed to
+ * Python functions that answer at once (see operations.py); one more operation of libfuse is a row in HANDLERS,
+ * a field in the table of fuse_session_new and a function that translates the arguments.
+ */
+#define PY_SSIZE_T_CLEAN
+#define _GNU_SOURCE
+#define FUSE_USE_VERSION 35
+#include <Python.h>
+#include <dlfcn.h>
+#include <errno.h>
+#include <fuse_lowlevel.h>
+#include <linux/fuse.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+enum { ON_READ, ON_WRITE, ON_COPY, HANDLERS };
+static const char *const handler_names[HANDLERS] = {"read", "write", "copy_file_range"};
+static PyObject *handlers[HANDLERS];
+
+static unsigned max_background = 64, max_readahead = 1 << 20, max_write = 1 << 20;
+static long spin_ns = 0;     /* how long to look for the next request before going back to the loop */
+static unsigned burst = 256; /* requests answered before other tasks of the loop get their turn */
+
+static struct fuse_session *session;
+static struct fuse_lowlevel_ops theirs; /* pyfuse3's operations */
+static struct fuse_conn_info negotiated;
+static unsigned long long answered;
+
+static struct fuse_session *(*real_session_new)(struct fuse_args *, const struct fuse_lowlevel_ops *, size_t, void *);
+static int (*real_receive_buf)(struct fuse_session *, struct fuse_buf *);
+static void (*real_process_buf)(struct fuse_session *, const struct fuse_buf *);
+
+/* The error number of an answer that is not what it should be; the handler's own errors come as -errno. */
+static int broken(int which, PyObject *answer)
+{
+    if (answer != NULL)
+        PyErr_Format(PyExc_TypeError, "handler %s returned %R", handler_names[which], answer);
+    PyErr_WriteUnraisable(handlers[which]);
+    return EIO;
+}
+
+/* -errno as an int, or 0 when the answer is no negative int. */
+static int error_of(PyObject *answer)
+{
+    if (answer == NULL || !PyLong_Check(answer))
+        return 0;
+    long value = PyLong_AsLong(answer);
+    return value < 0 && value > -4096 ? (int)-value : 0;
+}
+
+static void on_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset, struct fuse_file_info *fi)
+{
+    PyObject *answer = PyObject_CallFunction(handlers[ON_READ], "KLn", (unsigned long long)fi->fh, (long long)offset,
+                                             (Py_ssize_t)size);
+    int error = error_of(answer);
+    (void)ino;
+    if (error == 0 && (answer == NULL || !PyList_Check(answer)))
+        error = broken(ON_READ, answer);
+    if (error) {
+        fuse_reply_err(req, error);
+        Py_XDECREF(answer);
+        return;
+    }
+    Py_ssize_t count = PyList_GET_SIZE(answer), held = 0;
+    Py_buffer few[8], *views = few;
+    struct iovec few_iov[8], *iov = few_iov;
+    if (count > 8) {
+        views = PyMem_Malloc(count * sizeof *views);
+        iov = PyMem_Malloc(count * sizeof *iov);
+    }
+    if (views == NULL || iov == NULL)
+        error = ENOMEM;
+    for (; !error && held < count; held++) {
+        if (PyObject_GetBuffer(PyList_GET_ITEM(answer, held), &views[held], PyBUF_SIMPLE)) {
+            error = broken(ON_READ, NULL);
+            break;
+        }
+        iov[held].iov_base = views[held].buf;
+        iov[held].iov_len = views[held].len;
+    }
+    /* A page that the disk cannot read makes writev fail with EFAULT, and the kernel ends the request with EIO. */
+    if (error)
+        fuse_reply_err(req, error);
+    else
+        fuse_reply_iov(req, iov, (int)count);
+    while (held > 0)
+        PyBuffer_Release(&views[--held]);
+    if (views != few) {
+        PyMem_Free(views);
+        PyMem_Free(iov);
+    }
+    Py_DECREF(answer);
+}
+
+/* Answer a request whose handler returns a number of bytes or -errno. */
+static void reply_count(fuse_req_t req, int which, PyObject *answer)
+{
+    int error = error_of(answer);
+    if (error == 0 && (answer == NULL || !PyLong_Check(answer)))
+        error = broken(which, answer);
+    if (error)
+        fuse_reply_err(req, error);
+    else
+        fuse_reply_write(req, PyLong_AsSize_t(answer));
+    Py_XDECREF(answer);
+}
+
+static void on_write_buf(fuse_req_t req, fuse_ino_t ino, struct fuse_bufvec *bufv, off_t offset,
+                         struct fuse_file_info *fi)
+{
+    size_t size = fuse_buf_size(bufv);
+    void *copy = NULL, *data = bufv->buf[0].mem;
+    (void)ino;
+    if (bufv->count != 1 || bufv->buf[0].flags & FUSE_BUF_IS_FD) { /* spliced: not asked for, but allowed */
+        struct fuse_bufvec flat = FUSE_BUFVEC_INIT(size);
+        data = flat.buf[0].mem = copy = malloc(size);
+        if (copy == NULL || fuse_buf_copy(&flat, bufv, 0) != (ssize_t)size) {
+            free(copy);
+            fuse_reply_err(req, EIO);
+            return;
+        }
+    }
+    PyObject *view = PyMemoryView_FromMemory(data, (Py_ssize_t)size, PyBUF_READ), *answer = NULL;
+    if (view != NULL)
+        answer = PyObject_CallFunction(handlers[ON_WRITE], "KLO", (unsigned long long)fi->fh, (long long)offset, view);
+    reply_count(req, ON_WRITE, answer);
+    Py_XDECREF(view);
+    free(copy);
+}
+
+static void on_copy_file_range(fuse_req_t req, fuse_ino_t from, off_t from_offset, struct fuse_file_info *from_fi,
+                               fuse_ino_t to, off_t to_offset, struct fuse_file_info *to_fi, size_t length, int flags)
+{
+    (void)from;
+    (void)to;
+    reply_count(req, ON_COPY,
+                PyObject_CallFunction(handlers[ON_COPY], "KLKLni", (unsigned long long)from_fi->fh,
+                                      (long long)from_offset, (unsigned long long)to_fi->fh, (long long)to_offset,
+                                      (Py_ssize_t)length, flags));
+}
+
+static void on_init(void *userdata, struct fuse_conn_info *conn)
+{
+    theirs.init(userdata, conn);
+    conn->max_background = max_background;
+    conn->congestion_threshold = max_background - max_background / 4;
+    if (conn->max_readahead > max_readahead)
+        conn->max_readahead = max_readahead;
+    if (conn->max_write > max_write)
+        conn->max_write = max_write;
+    /* A changed mtime must not drop the cache of a mapped guest; only this mount changes its files. */
+    conn->want &= ~FUSE_CAP_AUTO_INVAL_DATA;
+    conn->want |= conn->capable & FUSE_CAP_EXPLICIT_INVAL_DATA;
+    /* Written bytes are looked at (zero pages), so a pipe would only be one more copy. */
+    conn->want &= ~FUSE_CAP_SPLICE_READ;
+    negotiated = *conn;
+}
+
+static int resolve(void)
+{
+    void *fuse = dlopen("libfuse3.so.3", RTLD_NOW | RTLD_NOLOAD);
+    if (fuse == NULL)
+        return -1;
+    real_session_new = dlsym(fuse, "fuse_session_new");
+    real_receive_buf = dlsym(fuse, "fuse_session_receive_buf");
+    real_process_buf = dlsym(fuse, "fuse_session_process_buf");
+    return real_session_new && real_receive_buf && real_process_buf ? 0 : -1;
+}
+
+__attribute__((visibility("default"))) struct fuse_session *
+fuse_session_new(struct fuse_args *args, const struct fuse_lowlevel_ops *op, size_t op_size, void *userdata)
+{
+    struct fuse_lowlevel_ops ops;
+    if (op_size > sizeof ops) /* pyfuse3 was built for a newer libfuse than this file */
+        return NULL;
+    memset(&ops, 0, sizeof ops);
+    memcpy(&ops, op, op_size);
+    theirs = ops;
+    ops.init = on_init;
+    if (handlers[ON_READ])
+        ops.read = on_read;
+    if (handlers[ON_WRITE])
+        ops.write_buf = on_write_buf;
+    if (handlers[ON_COPY])
+        ops.copy_file_range = on_copy_file_range;
+    session = real_session_new(args, &ops, sizeof ops, userdata);
+    return session;
+}
+
+static long long now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000LL + t.tv_nsec;
+}
+
+static int answers(const struct fuse_buf *buf)
+{
+    uint32_t opcode = ((const struct fuse_in_header *)buf->mem)->opcode;
+    if (buf->flags & FUSE_BUF_IS_FD)
+        return 0;
+    return (opcode == FUSE_READ && handlers[ON_READ]) || (opcode == FUSE_WRITE && handlers[ON_WRITE]);
+}
+
+__attribute__((visibility("default"))) int fuse_session_receive_buf(struct fuse_session *se, struct fuse_buf *buf)
+{
+    static int worth_spinning; /* did the last look for another request find one? */
+    for (unsigned n = 0;; n++) {
+        int res = real_receive_buf(se, buf);
+        if (res == -EAGAIN && n > 0 && spin_ns && worth_spinning) {
+            long long until = now_ns() + spin_ns;
+            do
+                res = real_receive_buf(se, buf);
+            while (res == -EAGAIN && now_ns() < until);
+            worth_spinning = res > 0;
+        }
+        if (res == -EAGAIN) /* the descriptor does not block; pyfuse3 waits again after EINTR */
+            return -EINTR;
+        if (res <= 0 || se != session || !answers(buf))
+            return res;
+        worth_spinning = 1;
+        real_process_buf(se, buf);
+        answered++;
+        if (n + 1 >= burst)
+            return -EINTR;
+    }
+}
+
+static PyObject *py_install(PyObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"read", "write", "copy_file_range", "max_background", "max_readahead", "max_write",
+                            "spin_ns", NULL};
+    PyObject *given[HANDLERS] = {NULL};
+    (void)self;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$OOOIIIl", names, &given[ON_READ], &given[ON_WRITE],
+                                     &given[ON_COPY], &max_background, &max_readahead, &max_write, &spin_ns))
+        return NULL;
+    for (int i = 0; i < HANDLERS; i++) {
+        Py_INCREF(given[i]);
+        Py_XSETREF(handlers[i], given[i]);
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_session_fd(PyObject *self, PyObject *none)
+{
+    (void)self;
+    (void)none;
+    return PyLong_FromLong(session == NULL ? -1 : fuse_session_fd(session));
+}
+
+static PyObject *py_connection(PyObject *self, PyObject *none)
+{
+    (void)self;
+    (void)none;
+    return Py_BuildValue("{s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:K}", "proto_major", negotiated.proto_major, "proto_minor",
+                         negotiated.proto_minor, "max_background", negotiated.max_background, "max_readahead",
+                         negotiated.max_readahead, "max_write", negotiated.max_write, "capable", negotiated.capable,
+                         "want", negotiated.want, "answered", answered);
+}
+
+static PyMethodDef methods[] = {
+    {"install", (PyCFunction)(void (*)(void))py_install, METH_VARARGS | METH_KEYWORDS,
+     "Set the handlers and the limits that fuse_session_new and INIT will use."},
+    {"session_fd", py_session_fd, METH_NOARGS, "The descriptor of the session that pyfuse3 made, -1 if it made none here."},
+    {"connection", py_connection, METH_NOARGS, "What INIT settled, and how many requests were answered at once."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", "Completes pyfuse3.", -1, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__native(void)
+{
+    if (fuse_version() < 310 || resolve()) {
+        PyErr_Format(PyExc_ImportError, "libfuse %s lacks what ramfs needs (3.10 or newer, with the low-level API of 3.x)",
+                     fuse_pkgversion());
+        return NULL;
+    }
+    return PyModule_Create(&module);
+}

@@ -1,0 +1,14 @@
+from collections.abc import Callable
+
+def install(
+    *,
+    read: Callable[[int, int, int], list[memoryview] | int],
+    write: Callable[[int, int, memoryview], int],
+    copy_file_range: Callable[[int, int, int, int, int, int], int],
+    max_background: int,
+    max_readahead: int,
+    max_write: int,
+    spin_ns: int,
+) -> None: ...
+def session_fd() -> int: ...
+def connection() -> dict[str, int]: ...

@@ -1,0 +1,36 @@
+"""Loads the compiled extension so that pyfuse3 finds it before libfuse.
+
+The dynamic linker looks for a function first in libraries that were loaded RTLD_GLOBAL, in their order, then
+in those that pyfuse3 was linked to. So ``_native`` must come first, and pyfuse3 after it: import pyfuse3 from
+this module only.
+"""
+
+import os
+import sys
+from types import ModuleType
+
+from ramfs.errors import MountError
+
+
+def _load() -> ModuleType:
+    if "pyfuse3" in sys.modules:
+        raise MountError(
+            "pyfuse3 was imported before ramfs could complete it: import ramfs.fuse.extension first, "
+            "or run ramfs in a process of its own"
+        )
+    flags = sys.getdlopenflags()
+    sys.setdlopenflags(os.RTLD_GLOBAL | os.RTLD_NOW)
+    try:
+        from ramfs.fuse import _native
+    except ImportError as exc:
+        raise MountError(f"the compiled part of ramfs cannot be loaded: {exc}; run tools/setup, or pip install again") from exc
+    finally:
+        sys.setdlopenflags(flags)
+    return _native
+
+
+native = _load()
+
+import pyfuse3  # noqa: E402  (its place here is the point of this module)
+
+__all__ = ["native", "pyfuse3"]

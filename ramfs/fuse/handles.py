@@ -1,0 +1,27 @@
+"""Open files and directories."""
+
+from dataclasses import dataclass
+
+from ramfs.namespace import Inode
+from ramfs.store.images import Image
+from ramfs.units import HandleId
+
+
+@dataclass(slots=True)
+class FileHandle:
+    """An open regular file."""
+
+    id: HandleId
+    inode: Inode
+    image: Image
+
+
+@dataclass(slots=True)
+class VirtualHandle:
+    """An open file of ``.ramfs``: its text as of the open, and what answers a write."""
+
+    id: HandleId
+    data: bytes
+    uid: int
+    gid: int
+    pid: int

@@ -1,0 +1,505 @@
+"""Requests of the kernel, translated for the namespace and the pager.
+
+READ, WRITE and COPY_FILE_RANGE come straight from the extension (`_native.c`) and are answered without an
+await; the others are pyfuse3's. docs/concurrency.md says which handlers await, and what may change meanwhile.
+"""
+
+import errno
+import itertools
+import logging
+import os
+import stat
+from collections.abc import Sequence
+from typing import Final
+
+import trio
+
+from ramfs.errors import FileError
+from ramfs.fuse import virtual
+from ramfs.fuse.answers import answered, errno_of
+from ramfs.fuse.extension import pyfuse3
+from ramfs.fuse.flush import Flusher
+from ramfs.fuse.handles import FileHandle, VirtualHandle
+from ramfs.inspect.counters import Counters
+from ramfs.inspect.report import Observer
+from ramfs.namespace import CONTROL_XATTR, ROOT, Caller, Inode, Namespace, Opener
+from ramfs.pager import Pager
+from ramfs.store.images import Image
+from ramfs.units import MAX_NAME, PAGE, HandleId, InodeNumber
+
+log = logging.getLogger(__name__)
+
+_WRITES: Final = os.O_WRONLY | os.O_RDWR
+_PAGES_XATTR: Final = CONTROL_XATTR + b"pages"
+#: Seconds that the kernel may keep names and attributes: only this mount changes them.
+_KEEP: Final = 300.0
+#: ... but the times of a file that is mapped for writing change without the kernel's knowing.
+_KEEP_OPEN: Final = 0.5
+#: How long a create waits for a file whose last user has died but was not yet closed by the kernel.
+_GRACE: Final = 2.0
+
+
+class Operations(pyfuse3.Operations):
+    """The handlers of pyfuse3, and the three of the extension."""
+
+    supports_dot_lookup = True
+    enable_writeback_cache = False  # a write(2) that was acknowledged must outlive the daemon
+    enable_acl = False
+
+    def __init__(
+        self, pager: Pager, namespace: Namespace, observer: Observer, flusher: Flusher, *, template_rdwr: bool = False
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.pager = pager
+        self.namespace = namespace
+        self.observer = observer
+        self.flusher = flusher
+        self.template_rdwr = template_rdwr
+        self.counters: Counters = observer.counters
+        self._numbers = itertools.count(1)
+        self._images: dict[int, Image] = {}  # of open files, by handle: what the hot path needs
+        self._files: dict[int, FileHandle | VirtualHandle] = {}
+
+    # -- answered at once, called by the extension
+
+    def read_now(self, handle: int, offset: int, size: int) -> list[memoryview] | int:
+        """READ: pieces of mapped memory, or -errno."""
+        try:
+            image = self._images.get(handle)
+            if image is None:
+                return [memoryview(self._virtual(handle).data)[offset : offset + size]]
+            counters = self.counters
+            counters.reads += 1
+            counters.read_bytes += size
+            return self.pager.read(image, offset, size)
+        except Exception as exc:
+            return self._failed(exc, "read", handle, offset, size)
+
+    def write_now(self, handle: int, offset: int, data: memoryview) -> int:
+        """WRITE: the number of bytes taken, or -errno."""
+        try:
+            image = self._images.get(handle)
+            if image is None:
+                return self._command(self._virtual(handle), bytes(data))
+            counters = self.counters
+            counters.writes += 1
+            counters.written_bytes += len(data)
+            return self.pager.write(image, offset, data)
+        except Exception as exc:
+            return self._failed(exc, "write", handle, offset, len(data))
+
+    def copy_now(self, source: int, source_offset: int, target: int, target_offset: int, length: int, flags: int) -> int:
+        """COPY_FILE_RANGE: the number of bytes shared or copied, or -errno."""
+        try:
+            if flags:
+                return -errno.EINVAL
+            if source not in self._images or target not in self._images:
+                return -errno.EINVAL
+            done = self.pager.share(
+                self._images[source], source_offset, self._images[target], target_offset, length
+            )
+            self.counters.shared_ranges += 1
+            self.counters.shared_bytes += done
+            return done
+        except Exception as exc:
+            return self._failed(
+                exc, "copy_file_range", source, source_offset, target, target_offset, length
+            )
+
+    def _failed(self, exc: Exception, request: str, *details: int) -> int:
+        self.counters.errors += 1
+        return -errno_of(exc, request, details)
+
+    def _virtual(self, handle: int) -> VirtualHandle:
+        file = self._files.get(handle)
+        if not isinstance(file, VirtualHandle):
+            raise FileError(errno.EBADF)
+        return file
+
+    # -- attributes
+
+    def _attributes(self, inode: Inode) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = inode.ino
+        entry.st_mode = inode.mode
+        entry.st_nlink = inode.nlink + inode.aliases
+        entry.st_uid = inode.uid
+        entry.st_gid = inode.gid
+        entry.st_rdev = inode.rdev
+        entry.st_blksize = PAGE
+        image = inode.image
+        entry.st_atime_ns = inode.atime
+        if image is None:
+            entry.st_size = inode.size
+            entry.st_mtime_ns, entry.st_ctime_ns = inode.mtime, inode.ctime
+            entry.st_blocks = 0
+        else:
+            entry.st_size = image.size
+            entry.st_mtime_ns, entry.st_ctime_ns = image.mtime, image.ctime
+            # The full size, on purpose: cp takes its slow path for files that look sparse.
+            entry.st_blocks = (image.size + 511) // 512
+        entry.attr_timeout = _KEEP_OPEN if inode.opens or inode.is_snap else _KEEP
+        entry.entry_timeout = _KEEP
+        return entry
+
+    def _entry(self, inode: Inode) -> pyfuse3.EntryAttributes:
+        """The reply that gives the kernel an inode: one lookup more."""
+        inode.lookups += 1
+        return self._attributes(inode)
+
+    @staticmethod
+    def _caller(ctx: pyfuse3.RequestContext) -> Caller:
+        return Caller(ctx.uid, ctx.gid, ctx.pid, lambda: set(pyfuse3.get_sup_groups(ctx.pid)))
+
+    def _virtual_entry(self, ino: InodeNumber) -> pyfuse3.EntryAttributes:
+        return virtual.attributes(ino, self.namespace.get(ROOT))
+
+    @answered
+    async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        """LOOKUP."""
+        if virtual.is_virtual(parent_inode):
+            return self._virtual_entry(virtual.lookup(name))
+        if parent_inode == ROOT and name == virtual.DIRECTORY_NAME:
+            return self._virtual_entry(virtual.DIRECTORY)
+        return self._entry(self.namespace.lookup(InodeNumber(parent_inode), name))
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        """FORGET; must not fail."""
+        for ino, count in inode_list:
+            if not virtual.is_virtual(ino):
+                try:
+                    self.namespace.forget(InodeNumber(ino), count)
+                except Exception:
+                    log.exception("forget(%d, %d)", ino, count)
+
+    @answered
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        """GETATTR."""
+        if virtual.is_virtual(inode):
+            return self._virtual_entry(InodeNumber(inode))
+        return self._attributes(self.namespace.get(InodeNumber(inode)))
+
+    @answered
+    async def setattr(
+        self, inode: int, attr: pyfuse3.EntryAttributes, fields: pyfuse3.SetattrFields, fh: int | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:  # fmt: skip
+        """SETATTR."""
+        if virtual.is_virtual(inode):
+            if fields.update_size:  # open(O_TRUNC) of .ramfs/control
+                return self._virtual_entry(InodeNumber(inode))
+            raise FileError(errno.EPERM)
+        values: dict[str, int] = {}
+        node = self.namespace.get(InodeNumber(inode))
+        if fields.update_mode:
+            values["mode"] = stat.S_IFMT(node.mode) | stat.S_IMODE(attr.st_mode)
+        if fields.update_uid:
+            values["uid"] = attr.st_uid
+        if fields.update_gid:
+            values["gid"] = attr.st_gid
+        if fields.update_atime:
+            values["atime"] = attr.st_atime_ns
+        node = self.namespace.set_attributes(
+            node.ino,
+            size=attr.st_size if fields.update_size else None,
+            mtime=attr.st_mtime_ns if fields.update_mtime else None,
+            **values,
+        )
+        return self._attributes(node)
+
+    # -- names
+
+    @answered
+    async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
+        """READLINK."""
+        target = self.namespace.get(InodeNumber(inode)).target
+        if target is None:
+            raise FileError(errno.EINVAL)
+        return target
+
+    def _check_parent(self, parent: int, name: bytes) -> InodeNumber:
+        """Let nothing be made or removed in ``.ramfs``, nor under its name."""
+        if virtual.is_virtual(parent):
+            raise FileError(errno.EROFS)
+        if parent == ROOT and name == virtual.DIRECTORY_NAME:
+            raise FileError(errno.EBUSY)
+        return InodeNumber(parent)
+
+    @answered
+    async def mknod(
+        self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """MKNOD."""
+        parent = self._check_parent(parent_inode, name)
+        return self._entry(self.namespace.make(parent, name, mode, self._caller(ctx), rdev=rdev))
+
+    @answered
+    async def mkdir(
+        self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """MKDIR; in ``.snap``: a snapshot."""
+        parent = self._check_parent(parent_inode, name)
+        if self.namespace.get(parent).is_snap:
+            return self._entry(await self._snapshot(parent, name))
+        return self._entry(self.namespace.make(parent, name, mode, self._caller(ctx)))
+
+    async def _snapshot(self, snap: InodeNumber, name: bytes) -> Inode:
+        space = self.namespace
+        directory = space.check_snapshot(snap, name)
+        await self._flush_below(directory)
+        directory = space.check_snapshot(snap, name)  # the tree may have changed
+        frozen = space.freeze(directory, name)
+        try:
+            await self.pager.sync(frozen.images)
+        except BaseException:
+            frozen.abort()
+            raise
+        inode = frozen.commit()
+        await trio.to_thread.run_sync(self.pager.store.catalog.sync)
+        self.counters.snapshots += 1
+        return inode
+
+    async def _flush_below(self, directory: Inode) -> None:
+        base = self.namespace.path_of(directory)
+        paths = [
+            os.path.join(base, path)
+            for path, inode in self.namespace.files_below(directory)
+            if any(opener.writable for opener in inode.opens.values())
+        ]
+        await self.flusher.flush(paths)
+
+    @answered
+    async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        """UNLINK."""
+        self.namespace.unlink(self._check_parent(parent_inode, name), name)
+
+    @answered
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        """RMDIR; in ``.snap``: deletes a snapshot."""
+        parent = self._check_parent(parent_inode, name)
+        if self.namespace.get(parent).is_snap:
+            self.namespace.delete_snapshot(parent, name)
+        else:
+            self.namespace.rmdir(parent, name)
+
+    @answered
+    async def symlink(
+        self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """SYMLINK."""
+        parent = self._check_parent(parent_inode, name)
+        return self._entry(
+            self.namespace.make(parent, name, stat.S_IFLNK | 0o777, self._caller(ctx), target=target)
+        )
+
+    @answered
+    async def rename(
+        self, parent_inode_old: int, name_old: bytes, parent_inode_new: int, name_new: bytes, flags: int,
+        ctx: pyfuse3.RequestContext,
+    ) -> None:  # fmt: skip
+        """RENAME, with RENAME_EXCHANGE and RENAME_NOREPLACE."""
+        if flags not in (0, pyfuse3.RENAME_EXCHANGE, pyfuse3.RENAME_NOREPLACE):
+            raise FileError(errno.EINVAL)
+        self.namespace.rename(
+            self._check_parent(parent_inode_old, name_old), name_old,
+            self._check_parent(parent_inode_new, name_new), name_new,
+            exchange=flags == pyfuse3.RENAME_EXCHANGE, no_replace=flags == pyfuse3.RENAME_NOREPLACE,
+        )  # fmt: skip
+
+    @answered
+    async def link(
+        self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """LINK."""
+        if virtual.is_virtual(inode):
+            raise FileError(errno.EPERM)
+        parent = self._check_parent(new_parent_inode, new_name)
+        return self._entry(self.namespace.link(InodeNumber(inode), parent, new_name))
+
+    # -- open files
+
+    def _open(self, inode: Inode, flags: int, pid: int) -> pyfuse3.FileInfo:
+        image = inode.file
+        writable = bool(flags & _WRITES)
+        if inode.frozen and writable and not self.template_rdwr:
+            raise FileError(errno.EROFS)
+        if flags & os.O_TRUNC:
+            self.pager.truncate(image, 0)
+        handle = HandleId(next(self._numbers))
+        inode.opens[handle] = Opener(pid, writable and not inode.frozen)
+        self._images[handle] = image
+        self._files[handle] = FileHandle(handle, inode, image)
+        # A frozen file that is open for writing must not be mapped shared: stores would stay in the page
+        # cache, seen by everybody, though no write is accepted. direct_io makes the kernel refuse that.
+        return pyfuse3.FileInfo(fh=handle, keep_cache=True, direct_io=inode.frozen and writable)
+
+    @answered
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        """OPEN."""
+        if virtual.is_virtual(inode):
+            return self._open_virtual(InodeNumber(inode), ctx)
+        return self._open(self.namespace.get(InodeNumber(inode)), flags, ctx.pid)
+
+    def _open_virtual(self, ino: InodeNumber, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        handle = HandleId(next(self._numbers))
+        data = virtual.contents(ino, self.observer)
+        self._files[handle] = VirtualHandle(handle, data, ctx.uid, ctx.gid, ctx.pid)
+        return pyfuse3.FileInfo(fh=handle, direct_io=True)
+
+    @answered
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        """CREATE; of a temporary name of QEMU's: opens the block file that it means."""
+        parent = self._check_parent(parent_inode, name)
+        caller = self._caller(ctx)
+        inode = await self._block_inode(parent, name, mode, caller)
+        if inode is None:
+            inode = self.namespace.make(parent, name, mode, caller)
+        info = self._open(inode, flags & ~os.O_TRUNC, ctx.pid)
+        return info, self._entry(inode)
+
+    async def _block_inode(self, parent: InodeNumber, name: bytes, mode: int, caller: Caller) -> Inode | None:
+        deadline = trio.current_time() + _GRACE
+        while True:
+            try:
+                return self.namespace.block_inode(parent, name, mode, caller)
+            except FileError as exc:
+                # The kernel closes the files of a process that was killed a moment after it is gone.
+                if exc.errno != errno.EBUSY or trio.current_time() > deadline or self._in_use(parent, name):
+                    if exc.errno == errno.EBUSY:
+                        log.info("create %s refused: %s", os.fsdecode(name), exc)
+                    raise
+            await trio.sleep(0.02)
+
+    def _in_use(self, parent: InodeNumber, name: bytes) -> bool:
+        inode = self.namespace.block_of(parent, name)
+        return inode is not None and any(
+            os.path.exists(f"/proc/{opener.pid}") for opener in inode.opens.values()
+        )
+
+    @answered
+    async def flush(self, fh: int) -> None:
+        """FLUSH: nothing to do, every write was carried out when it was answered."""
+
+    @answered
+    async def release(self, fh: int) -> None:
+        """RELEASE."""
+        self._images.pop(fh, None)
+        file = self._files.pop(fh)
+        if isinstance(file, FileHandle):
+            del file.inode.opens[file.id]
+            self.namespace.let_go(file.inode)
+
+    @answered
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        """FSYNC: the file is durable, and the names of everything."""
+        file = self._files[fh]
+        if isinstance(file, FileHandle):
+            self.counters.syncs += 1
+            await self.pager.sync([file.image])
+
+    # -- directories
+
+    @answered
+    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        """OPENDIR: the handle is the directory's number."""
+        if not virtual.is_virtual(inode):
+            node = self.namespace.get(InodeNumber(inode))
+            if not node.is_dir:
+                raise FileError(errno.ENOTDIR)
+        return inode
+
+    @answered
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        """READDIRPLUS. Cookies never change and are never used again, so changes meanwhile cost no entry."""
+        if virtual.is_virtual(fh):
+            entries = [(b".", virtual.DIRECTORY), *virtual.names()]
+            for number, (name, ino) in enumerate(entries[start_id:], start_id + 1):
+                if not pyfuse3.readdir_reply(token, name, self._virtual_entry(ino), number):
+                    return
+            return
+        space = self.namespace
+        directory = space.get(InodeNumber(fh))
+        dots = ((b".", directory), (b"..", space.get(directory.parent or ROOT)))
+        for number, (name, inode) in enumerate(dots[start_id:], start_id + 1):
+            if not pyfuse3.readdir_reply(token, name, self._attributes(inode), number):
+                return
+        for cookie, name, ino in space.names(directory.ino, max(0, start_id - len(dots))):
+            inode = space.get(ino)
+            if not pyfuse3.readdir_reply(token, name, self._attributes(inode), cookie + len(dots)):
+                space.let_go(inode)
+                return
+            inode.lookups += 1
+
+    @answered
+    async def releasedir(self, fh: int) -> None:
+        """RELEASEDIR: nothing was kept."""
+
+    @answered
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        """FSYNCDIR: all names are durable."""
+        await trio.to_thread.run_sync(self.pager.store.catalog.sync)
+
+    @answered
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        """STATFS: the file system of the store."""
+        store = self.pager.store.statvfs()
+        data = pyfuse3.StatvfsData()
+        for field in ("f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree", "f_favail"):
+            setattr(data, field, getattr(store, field))
+        data.f_namemax = MAX_NAME
+        return data
+
+    # -- extended attributes
+
+    @answered
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        """GETXATTR; ``user.ramfs.pages`` is made for the asking."""
+        if virtual.is_virtual(inode):
+            raise FileError(errno.ENODATA)
+        if name == _PAGES_XATTR:
+            node = self.namespace.get(InodeNumber(inode))
+            if node.image is None:
+                raise FileError(errno.ENODATA)
+            return self.observer.page_counts_text(node.image)
+        return self.namespace.xattr(InodeNumber(inode), name)
+
+    @answered
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
+        """SETXATTR."""
+        self._set_xattr(inode, name, value)
+
+    @answered
+    async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        """REMOVEXATTR."""
+        self._set_xattr(inode, name, None)
+
+    def _set_xattr(self, inode: int, name: bytes, value: bytes | None) -> None:
+        if virtual.is_virtual(inode):
+            raise FileError(errno.EPERM)
+        self.namespace.set_xattr(InodeNumber(inode), name, value)
+
+    @answered
+    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
+        """LISTXATTR; the computed ones are not listed, so that cp -a does not try to copy them."""
+        return [] if virtual.is_virtual(inode) else self.namespace.xattrs(InodeNumber(inode))
+
+    # -- control
+
+    def _command(self, file: VirtualHandle, command: bytes) -> int:
+        if len(command) > virtual.MAX_COMMAND:
+            raise FileError(errno.E2BIG)
+        source, parent, name = virtual.parse_clone(command)
+        caller = Caller(file.uid, file.gid, file.pid, lambda: set(pyfuse3.get_sup_groups(file.pid)))
+        space = self.namespace
+        self._check_parent(space.walk(parent).ino, name)
+        space.clone(space.walk(source), space.walk(parent).ino, name, caller)
+        self.counters.clones += 1
+        return len(command)
+
+    def stacktrace(self) -> None:
+        """Not offered: pyfuse3 would dump stacks on an xattr of the root."""
+
+    def init(self) -> None:
+        """INIT; the extension has set the limits."""

@@ -1,0 +1,75 @@
+"""The session with the kernel: made, served, taken down."""
+
+import errno
+import os
+from collections.abc import Iterable
+from typing import Final
+
+from ramfs.errors import MountError
+from ramfs.fuse.extension import native, pyfuse3
+from ramfs.fuse.operations import Operations
+
+#: Requests that the kernel may have under way for reading ahead and writing back.
+MAX_BACKGROUND: Final = 64
+#: Bytes in the largest READ and WRITE: what the kernel allows (256 pages).
+MAX_REQUEST: Final = 1 << 20
+#: ns that the extension looks for the next request before it goes back to the loop. Handing the thread's CPU
+#: back and being woken costs more than most gaps between the faults of one vCPU last.
+SPIN_NS: Final = 20_000
+
+
+class Session:
+    """A mount. One for each process: libfuse and pyfuse3 keep theirs in globals."""
+
+    def __init__(self, operations: Operations, mountpoint: str, options: Iterable[str]) -> None:
+        """Mount. Raises MountError."""
+        native.install(
+            read=operations.read_now,
+            write=operations.write_now,
+            copy_file_range=operations.copy_now,
+            max_background=MAX_BACKGROUND,
+            max_readahead=MAX_REQUEST,
+            max_write=MAX_REQUEST,
+            spin_ns=SPIN_NS if (os.cpu_count() or 1) > 1 else 0,
+        )
+        try:
+            pyfuse3.init(operations, mountpoint, {"default_permissions", *options})
+        except RuntimeError as exc:
+            raise MountError(
+                f"{mountpoint} cannot be mounted ({exc}): see the message of libfuse above; is /dev/fuse there, and "
+                "may you mount here?"
+            ) from exc
+        fd = native.session_fd()
+        if fd < 0:
+            pyfuse3.close()
+            raise MountError(
+                "pyfuse3 did not come to ramfs for its session, so copy_file_range would be missing: "
+                "install a pyfuse3 that is linked to libfuse 3.10 to 3.16 dynamically"
+            )
+        os.set_blocking(fd, False)  # the extension reads until there is nothing more
+
+    @staticmethod
+    async def serve() -> None:
+        """Answer requests until the mount is gone or :meth:`stop` is called."""
+        try:
+            await pyfuse3.main()
+        except* OSError as group:
+            # ENODEV: unmounted between two reads; ENOTCONN, ECONNABORTED: the connection was aborted.
+            gone = (errno.ENODEV, errno.ENOTCONN, errno.ECONNABORTED)
+            if group.subgroup(lambda exc: isinstance(exc, OSError) and exc.errno not in gone):
+                raise
+
+    @staticmethod
+    def stop() -> None:
+        """Let :meth:`serve` return."""
+        pyfuse3.terminate()
+
+    @staticmethod
+    def connection() -> dict[str, int]:
+        """What INIT settled with the kernel."""
+        return native.connection()
+
+    @staticmethod
+    def close() -> None:
+        """Unmount, if that has not happened yet."""
+        pyfuse3.close(unmount=True)

@@ -1,0 +1,85 @@
+"""``.ramfs`` at the root of the mount: status.json, metrics, control. Not listed, not stored.
+
+``control`` takes one JSON object for each write and answers by the write's errno:
+
+    {"clone": {"source": PATH, "parent": PATH, "name": NAME}}
+
+Paths are relative to the root of the mount; bytes that are not UTF-8 are surrogate escapes, as os.fsdecode
+makes them.
+"""
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Callable
+from typing import Final
+
+from ramfs.errors import FileError
+from ramfs.fuse.extension import pyfuse3
+from ramfs.inspect.report import Observer
+from ramfs.namespace import Inode
+from ramfs.units import InodeNumber
+
+DIRECTORY_NAME: Final = b".ramfs"
+_BIT: Final = 1 << 61
+DIRECTORY: Final = InodeNumber(_BIT | 1)
+_STATUS: Final = InodeNumber(_BIT | 2)
+_METRICS: Final = InodeNumber(_BIT | 3)
+CONTROL: Final = InodeNumber(_BIT | 4)
+_FILES: Final = {b"status.json": _STATUS, b"metrics": _METRICS, b"control": CONTROL}
+#: The longest command that ``control`` takes, bytes.
+MAX_COMMAND: Final = 64 << 10
+
+
+def is_virtual(ino: int) -> bool:
+    """Is it an inode of ``.ramfs``?"""
+    return bool(ino & _BIT)
+
+
+def names() -> list[tuple[bytes, InodeNumber]]:
+    """What a listing of ``.ramfs`` shows."""
+    return list(_FILES.items())
+
+
+def lookup(name: bytes) -> InodeNumber:
+    """The inode of a name in ``.ramfs``. Raises ENOENT."""
+    try:
+        return _FILES[name]
+    except KeyError:
+        raise FileError(errno.ENOENT) from None
+
+
+def attributes(ino: InodeNumber, root: Inode) -> pyfuse3.EntryAttributes:
+    """Attributes of a virtual inode: the owner of the root, and for others what the root's mode gives them."""
+    entry = pyfuse3.EntryAttributes()
+    entry.st_ino = ino
+    readable = root.mode & 0o444
+    if ino == DIRECTORY:
+        entry.st_mode = stat.S_IFDIR | (root.mode & 0o555)
+        entry.st_nlink = 2
+    elif ino == CONTROL:
+        entry.st_mode = stat.S_IFREG | 0o222 & (readable >> 1)
+    else:
+        entry.st_mode = stat.S_IFREG | readable
+    entry.st_uid, entry.st_gid = root.uid, root.gid
+    entry.attr_timeout = entry.entry_timeout = 1
+    return entry
+
+
+def contents(ino: InodeNumber, observer: Observer) -> bytes:
+    """What a file of ``.ramfs`` reads as, now."""
+    texts: dict[InodeNumber, Callable[[], bytes]] = {_STATUS: observer.status_text, _METRICS: observer.metrics_text}
+    return texts[ino]() if ino in texts else b""
+
+
+def parse_clone(command: bytes) -> tuple[bytes, bytes, bytes]:
+    """Source path, parent path and name of a clone command. Raises EINVAL."""
+    try:
+        clone = json.loads(command)["clone"]
+        source, parent, name = (os.fsencode(clone[key]) for key in ("source", "parent", "name"))
+    except (ValueError, KeyError, TypeError):
+        raise FileError(errno.EINVAL) from None
+    if not name or b"/" in name or name in (b".", b"..") or b"\0" in source + parent + name:
+        raise FileError(errno.EINVAL)
+    return source, parent, name

@@ -1,0 +1,144 @@
+"""``.ramfs/status.json``, ``.ramfs/metrics`` and the page counts of a file."""
+
+import json
+import os
+import resource
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import ramfs
+from ramfs.image.lineage import PageCounts, count_pages
+from ramfs.image.table import PageTable
+from ramfs.inspect.counters import Counters
+from ramfs.namespace import Namespace
+from ramfs.store.images import Image, load_table
+from ramfs.store.store import Store
+from ramfs.units import ImageId
+
+#: Of the JSON texts; grows with every change that a reader could stumble over.
+SCHEMA = 1
+
+
+@dataclass(slots=True)
+class Observer:
+    """Looks at a store and its tree for people and programs."""
+
+    store: Store
+    namespace: Namespace
+    counters: Counters
+    mountpoint: str
+    connection: dict[str, int]
+    started: float
+
+    def status(self) -> dict[str, Any]:
+        """The contents of ``status.json``; docs/format.md names the fields."""
+        catalog, layers = self.store.catalog, self.store.layers
+        space = self.store.statvfs()
+        images = catalog.row("SELECT count(*) AS n, coalesce(sum(frozen), 0) AS frozen FROM images")
+        snapshots = catalog.row("SELECT count(*) AS n FROM names WHERE parent >= ?", 1 << 62)
+        inodes = catalog.row("SELECT count(*) AS n FROM inodes")
+        assert images is not None and snapshots is not None and inodes is not None
+        return {
+            "schema": SCHEMA,
+            "version": ramfs.__version__,
+            "pid": os.getpid(),
+            "mountpoint": self.mountpoint,
+            "store": self.store.directory,
+            "uptime_seconds": round(time.monotonic() - self.started, 3),
+            "images": {"total": images["n"], "frozen": images["frozen"], "in_use": len(self.store.images.open_images())},
+            "snapshots": snapshots["n"],
+            "inodes": inodes["n"],
+            "layers": {
+                "total": len(layers.by_id),
+                "live": sum(not layer.sealed for layer in layers.by_id.values()),
+                "sealed": sum(layer.sealed and not layer.is_alias for layer in layers.by_id.values()),
+                "aliases": sum(layer.is_alias for layer in layers.by_id.values()),
+                "undigested": sum(layer.sealed and not layer.digested for layer in layers.by_id.values()),
+            },
+            "pulls": [],
+            "store_bytes": {
+                "total": space.f_frsize * space.f_blocks,
+                "free": space.f_frsize * space.f_bavail,
+                "layers": self._layer_bytes(),
+            },
+            "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "requests": asdict(self.counters),
+            "connection": self.connection,
+            "open_files": [
+                {
+                    "path": self._name(inode.ino),
+                    "pids": sorted({opener.pid for opener in inode.opens.values()}),
+                    "bytes": inode.size,
+                }
+                for inode in self.namespace.inodes.values()
+                if inode.opens
+            ],
+        }
+
+    def _name(self, ino: int) -> str:
+        row = self.store.catalog.row("SELECT parent, name FROM names WHERE ino = ?", ino)
+        if row is None:
+            return "(unlinked)"
+        directory = self.namespace.path_of(self.namespace.get(row["parent"]))
+        return os.fsdecode(directory + b"/" + row["name"] if directory else row["name"])
+
+    def _layer_bytes(self) -> int:
+        total = 0
+        with os.scandir(self.store.layers.directory) as entries:
+            for entry in entries:
+                total += entry.stat().st_blocks * 512
+        return total
+
+    def status_text(self) -> bytes:
+        """``status.json`` as text."""
+        return json.dumps(self.status(), indent=2).encode() + b"\n"
+
+    def metrics_text(self) -> bytes:
+        """``metrics`` in Prometheus' text format."""
+        status = self.status()
+        lines: list[str] = []
+
+        def metric(name: str, kind: str, text: str, *values: tuple[str, int | float]) -> None:
+            lines.append(f"# HELP ramfs_{name} {text}")
+            lines.append(f"# TYPE ramfs_{name} {kind}")
+            lines.extend(f"ramfs_{name}{labels} {value}" for labels, value in values)
+
+        metric("info", "gauge", "The serving daemon.", (f'{{version="{status["version"]}"}}', 1))
+        metric("uptime_seconds", "gauge", "Seconds since the mount began.", ("", status["uptime_seconds"]))
+        metric("images", "gauge", "Images of the store.", *(
+            (f'{{state="{state}"}}', status["images"][state]) for state in ("total", "frozen", "in_use")
+        ))  # fmt: skip
+        metric("snapshots", "gauge", "Snapshots of the store.", ("", status["snapshots"]))
+        metric("inodes", "gauge", "Inodes of the store.", ("", status["inodes"]))
+        metric("layers", "gauge", "Layers of the store.", *(
+            (f'{{state="{state}"}}', status["layers"][state]) for state in ("live", "sealed", "aliases", "undigested")
+        ))  # fmt: skip
+        metric("store_bytes", "gauge", "Space of the file system under the store.", *(
+            (f'{{kind="{kind}"}}', status["store_bytes"][kind]) for kind in ("total", "free", "layers")
+        ))  # fmt: skip
+        metric("memory_bytes", "gauge", "Largest resident size of the daemon.", ("", status["memory_bytes"]))
+        for name, value in status["requests"].items():
+            metric(f"{name}_total", "counter", f"{name.replace('_', ' ').capitalize()} since the mount began.", ("", value))
+        return "\n".join(lines).encode() + b"\n"
+
+    def page_counts(self, image: Image) -> PageCounts:
+        """How many pages an image owns, shares, has zero, or lacks. Reads the tables of its relatives."""
+        layers = self.store.layers
+        stored = image.table.layers()
+        relatives: set[ImageId] = set().union(*self.store.users_of(stored).values()) - {image.id}
+        aliased = {layer.base for layer in layers.by_id.values() if layer.is_alias}
+        shifted = {number for number in stored if layers[number].is_alias or number in aliased}
+        return count_pages(image.table, image.pages, map(self._table, sorted(relatives)), shifted)
+
+    def page_counts_text(self, image: Image) -> bytes:
+        """The value of the attribute ``user.ramfs.pages``: the counts as a JSON object."""
+        return json.dumps(self.page_counts(image)._asdict()).encode()
+
+    def _table(self, number: ImageId) -> PageTable:
+        path = self.store.images.path(number)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return load_table(fd, path)[1]
+        finally:
+            os.close(fd)
