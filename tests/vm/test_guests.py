@@ -69,8 +69,13 @@ def test_a_directory_serves_one_guest_at_a_time(lab: Lab) -> None:
     vm = lab.directory("vm")
     parent = lab.boot(vm)
     lab.mount.expect("in use|busy|EBUSY")
-    with pytest.raises(GuestFailed, match="busy"):
-        lab.start(vm)
+    try:
+        second = lab.start(vm)
+        second.process.wait(20)
+        said = second.errors
+    except GuestFailed as error:  # it was quicker
+        said = str(error)
+    assert "busy" in said
     parent.tick_on()
     parent.check()
     parent.close()
@@ -120,8 +125,13 @@ def test_three_generations(lab: Lab) -> None:
     # Its forebears go, one after the other; the youngest keeps what it had of them.
     for generation in (0, 1, 2):
         line[generation].close()
+        (lab.mount.path / f"g{generation}" / ".snap" / "next").rmdir()
         shutil.rmtree(lab.mount.path / f"g{generation}")
         line[3].check(expected[3])
+    # Not from the page cache alone: the mapping of a fresh clone is filled from the store.
+    snapshot(lab.mount.path / "g3", "last", line[3].socket)
+    cp("-r", lab.mount.path / "g3" / ".snap" / "last", lab.mount.path / "g4")
+    lab.resume(lab.mount.path / "g4" / "ram0", lab.mount.path / "g4" / "state").check(expected[3])
 
 
 def test_dense_clones_share_their_template(make_lab: Callable[..., Lab]) -> None:
