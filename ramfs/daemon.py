@@ -58,7 +58,6 @@ class Daemon:
         self.request = request
         self.ready = ready
         self.stopping = False
-        self._wake = trio.Event()
 
     def run(self) -> None:
         """Mount, serve until unmounted or told to stop, close the store. Raises RamfsError."""
@@ -87,7 +86,7 @@ class Daemon:
 
     async def _main(self) -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._watch_signals, nursery.cancel_scope)
+            nursery.start_soon(self._watch_signals)
             nursery.start_soon(self._start, nursery)
             await Session.serve()
             nursery.cancel_scope.cancel()
@@ -110,7 +109,7 @@ class Daemon:
 
     # -- signals
 
-    async def _watch_signals(self, scope: trio.CancelScope) -> None:
+    async def _watch_signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             async for number in signals:
                 if number == signal.SIGHUP:

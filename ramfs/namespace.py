@@ -159,8 +159,8 @@ class Namespace:
         if row is None:
             raise FileError(errno.ENOENT)
         image = None if row["image"] is None else self.images.acquire(ImageId(row["image"]))
-        values = (row[column] for column in _COLUMNS)
-        return Inode(ino, *values, frozen=bool(row["frozen"]), image=image, target=row["target"])
+        values = {column: row[column] for column in _COLUMNS}
+        return Inode(ino, **values, frozen=bool(row["frozen"]), image=image, target=row["target"])
 
     def _follow(self, snap: Inode) -> None:
         """Give a ``.snap`` the owner, mode and times of its directory."""
@@ -272,7 +272,7 @@ class Namespace:
         """Change columns of an inode's row and the object with it. In a transaction."""
         before = {name: getattr(inode, name) for name in values}
         columns = ", ".join(f"{name} = ?" for name in values)
-        self.catalog.execute(f"UPDATE inodes SET {columns} WHERE ino = ?", *values.values(), inode.ino)  # noqa: S608
+        self.catalog.execute(f"UPDATE inodes SET {columns} WHERE ino = ?", *values.values(), inode.ino)
         self._assign(inode, values)
         self.catalog.on_rollback(lambda: self._assign(inode, before))
 
@@ -322,9 +322,7 @@ class Namespace:
             mode, uid, gid, nlink, rdev, atime, mtime, ctime, parent, int(frozen),
             None if image is None else image.id, target,
         )  # fmt: skip
-        return Inode(
-            InodeNumber(ino), mode, uid, gid, nlink, rdev, atime, mtime, ctime, parent, frozen, image, target
-        )
+        return Inode(InodeNumber(ino), mode, uid, gid, nlink, rdev, atime, mtime, ctime, parent, frozen, image, target)
 
     def _add_name(self, parent: InodeNumber, name: bytes, ino: InodeNumber) -> None:
         self.catalog.execute("INSERT INTO names (parent, name, ino) VALUES (?, ?, ?)", parent, name, ino)
@@ -413,7 +411,7 @@ class Namespace:
         self, parent: InodeNumber, name: bytes, new_parent: InodeNumber, new_name: bytes, *,
         exchange: bool = False, no_replace: bool = False,
     ) -> None:  # fmt: skip
-        """rename(2), with RENAME_EXCHANGE or RENAME_NOREPLACE."""
+        """Move a name as the system call does, with RENAME_EXCHANGE or RENAME_NOREPLACE."""
         old_dir, new_dir = self.writable_dir(parent), self.writable_dir(new_parent)
         if len(new_name) > MAX_NAME:
             raise FileError(errno.ENAMETOOLONG)
@@ -646,12 +644,11 @@ class Namespace:
 
     def _set_links(self, top: InodeNumber) -> None:
         """Give a copied top directory its link count, which was 0 while it had no name."""
-        row = self.catalog.row(
-            "SELECT count(*) AS n FROM names JOIN inodes USING (ino) WHERE names.parent = ? AND mode & ? = ?",
+        directories = self.catalog.number(
+            "SELECT count(*) FROM names JOIN inodes USING (ino) WHERE names.parent = ? AND mode & ? = ?",
             top, 0o170000, stat.S_IFDIR,
         )  # fmt: skip
-        assert row is not None
-        self.catalog.execute("UPDATE inodes SET nlink = ? WHERE ino = ?", 2 + row["n"], top)
+        self.catalog.execute("UPDATE inodes SET nlink = ? WHERE ino = ?", 2 + directories, top)
 
     def _copy_tree(
         self, source: Inode, parent: InodeNumber, caller: Caller | None, images: list[Image], *, frozen: bool
@@ -699,9 +696,7 @@ class Namespace:
             mode, uid, gid, nlink=nlink, rdev=inode.rdev, parent=parent if inode.is_dir else None, image=image,
             target=inode.target, frozen=frozen, times=(inode.atime, inode.mtime, inode.ctime),
         )  # fmt: skip
-        self.catalog.execute(
-            "INSERT INTO xattrs SELECT ?, name, value FROM xattrs WHERE ino = ?", copy.ino, inode.ino
-        )
+        self.catalog.execute("INSERT INTO xattrs SELECT ?, name, value FROM xattrs WHERE ino = ?", copy.ino, inode.ino)
         return copy
 
     def delete_snapshot(self, snap: InodeNumber, name: bytes) -> None:

@@ -243,9 +243,8 @@ class Pager:
             return self._copy(source, source_offset, target, target_offset, min(length, COPY_AT_ONCE))
         end = target_offset + length
         head, first, stop, tail = span(target_offset, length)
-        if tail[0] < tail[1] and tail[0] >= first << PAGE_SHIFT and end >= target.size:
-            if source_offset + length == source.size:  # the last page of both: beyond their ends it is zeros
-                stop, tail = stop + 1, (end, end)
+        if tail[0] < tail[1] and end >= target.size and source_offset + length == source.size:
+            stop, tail = stop + 1, (end, end)  # the last page of both: beyond their ends it is zeros
         for start, until in (head, tail):
             if start < until:
                 self._copy(source, start - target_offset + source_offset, target, start, until - start)

@@ -94,8 +94,7 @@ def file_name_of(block: Block) -> FileName:
     file_name = encoded + b"@%#x" % block.gpa
     if len(file_name) > MAX_NAME:
         raise NameTooLong(
-            f"block {_shown(name)} has no file name: it would have {len(file_name)} bytes, "
-            f"Linux allows {MAX_NAME}"
+            f"block {_shown(name)} has no file name: it would have {len(file_name)} bytes, Linux allows {MAX_NAME}"
         )
     return FileName(file_name)
 

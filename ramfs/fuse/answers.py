@@ -4,7 +4,7 @@ import errno
 import functools
 import logging
 import sqlite3
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar
 
 from ramfs.errors import FileError, RamfsError
@@ -43,7 +43,7 @@ def errno_of(exc: Exception, request: str, details: tuple[Any, ...]) -> int:
     return errno.EIO
 
 
-def answered(handler: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
+def answered(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
     """Let nothing but FUSEError leave an asynchronous handler."""
 
     @functools.wraps(handler)

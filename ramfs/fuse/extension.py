@@ -21,9 +21,11 @@ def _load() -> ModuleType:
     flags = sys.getdlopenflags()
     sys.setdlopenflags(os.RTLD_GLOBAL | os.RTLD_NOW)
     try:
-        from ramfs.fuse import _native
+        from ramfs.fuse import _native  # noqa: PLC0415  (while the flags are set)
     except ImportError as exc:
-        raise MountError(f"the compiled part of ramfs cannot be loaded: {exc}; run tools/setup, or pip install again") from exc
+        raise MountError(
+            f"the compiled part of ramfs cannot be loaded: {exc}; run tools/setup, or pip install again"
+        ) from exc
     finally:
         sys.setdlopenflags(flags)
     return _native

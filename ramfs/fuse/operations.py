@@ -88,23 +88,21 @@ class Operations(pyfuse3.Operations):
         except Exception as exc:
             return self._failed(exc, "write", handle, offset, len(data))
 
-    def copy_now(self, source: int, source_offset: int, target: int, target_offset: int, length: int, flags: int) -> int:
+    def copy_now(
+        self, source: int, source_offset: int, target: int, target_offset: int, length: int, flags: int
+    ) -> int:
         """COPY_FILE_RANGE: the number of bytes shared or copied, or -errno."""
         try:
             if flags:
                 return -errno.EINVAL
             if source not in self._images or target not in self._images:
                 return -errno.EINVAL
-            done = self.pager.share(
-                self._images[source], source_offset, self._images[target], target_offset, length
-            )
+            done = self.pager.share(self._images[source], source_offset, self._images[target], target_offset, length)
             self.counters.shared_ranges += 1
             self.counters.shared_bytes += done
             return done
         except Exception as exc:
-            return self._failed(
-                exc, "copy_file_range", source, source_offset, target, target_offset, length
-            )
+            return self._failed(exc, "copy_file_range", source, source_offset, target, target_offset, length)
 
     def _failed(self, exc: Exception, request: str, *details: int) -> int:
         self.counters.errors += 1
@@ -288,9 +286,7 @@ class Operations(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         """SYMLINK."""
         parent = self._check_parent(parent_inode, name)
-        return self._entry(
-            self.namespace.make(parent, name, stat.S_IFLNK | 0o777, self._caller(ctx), target=target)
-        )
+        return self._entry(self.namespace.make(parent, name, stat.S_IFLNK | 0o777, self._caller(ctx), target=target))
 
     @answered
     async def rename(
@@ -374,9 +370,7 @@ class Operations(pyfuse3.Operations):
 
     def _in_use(self, parent: InodeNumber, name: bytes) -> bool:
         inode = self.namespace.block_of(parent, name)
-        return inode is not None and any(
-            os.path.exists(f"/proc/{opener.pid}") for opener in inode.opens.values()
-        )
+        return inode is not None and any(os.path.exists(f"/proc/{opener.pid}") for opener in inode.opens.values())
 
     @answered
     async def flush(self, fh: int) -> None:
@@ -481,7 +475,7 @@ class Operations(pyfuse3.Operations):
         self.namespace.set_xattr(InodeNumber(inode), name, value)
 
     @answered
-    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
+    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
         """LISTXATTR; the computed ones are not listed, so that cp -a does not try to copy them."""
         return [] if virtual.is_virtual(inode) else self.namespace.xattrs(InodeNumber(inode))
 

@@ -67,7 +67,8 @@ class Session:
     @staticmethod
     def connection() -> dict[str, int]:
         """What INIT settled with the kernel."""
-        return native.connection()
+        settled: dict[str, int] = native.connection()
+        return settled
 
     @staticmethod
     def close() -> None:

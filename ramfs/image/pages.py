@@ -38,7 +38,8 @@ def span(offset: int, length: int) -> Span:
 
 def nonzero_pages(data: Buffer) -> Mask:
     """For each whole page of ``data`` (a multiple of PAGE bytes): does it hold anything but zeros?"""
-    return np.frombuffer(data, np.uint64).reshape(-1, _WORDS).any(axis=1)
+    words = np.frombuffer(data, np.uint64).reshape(-1, _WORDS)
+    return np.asarray(words.any(axis=1), np.bool_)
 
 
 def is_zero(data: Buffer) -> bool:

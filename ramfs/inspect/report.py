@@ -11,7 +11,7 @@ import ramfs
 from ramfs.image.lineage import PageCounts, count_pages
 from ramfs.image.table import PageTable
 from ramfs.inspect.counters import Counters
-from ramfs.namespace import Namespace
+from ramfs.namespace import SNAP_BIT, Namespace
 from ramfs.store.images import Image, load_table
 from ramfs.store.store import Store
 from ramfs.units import ImageId
@@ -35,10 +35,6 @@ class Observer:
         """The contents of ``status.json``; docs/format.md names the fields."""
         catalog, layers = self.store.catalog, self.store.layers
         space = self.store.statvfs()
-        images = catalog.row("SELECT count(*) AS n, coalesce(sum(frozen), 0) AS frozen FROM images")
-        snapshots = catalog.row("SELECT count(*) AS n FROM names WHERE parent >= ?", 1 << 62)
-        inodes = catalog.row("SELECT count(*) AS n FROM inodes")
-        assert images is not None and snapshots is not None and inodes is not None
         return {
             "schema": SCHEMA,
             "version": ramfs.__version__,
@@ -46,9 +42,13 @@ class Observer:
             "mountpoint": self.mountpoint,
             "store": self.store.directory,
             "uptime_seconds": round(time.monotonic() - self.started, 3),
-            "images": {"total": images["n"], "frozen": images["frozen"], "in_use": len(self.store.images.open_images())},
-            "snapshots": snapshots["n"],
-            "inodes": inodes["n"],
+            "images": {
+                "total": catalog.number("SELECT count(*) FROM images"),
+                "frozen": catalog.number("SELECT count(*) FROM images WHERE frozen"),
+                "in_use": len(self.store.images.open_images()),
+            },
+            "snapshots": catalog.number("SELECT count(*) FROM names WHERE parent >= ?", SNAP_BIT),
+            "inodes": catalog.number("SELECT count(*) FROM inodes"),
             "layers": {
                 "total": len(layers.by_id),
                 "live": sum(not layer.sealed for layer in layers.by_id.values()),
@@ -119,7 +119,9 @@ class Observer:
         ))  # fmt: skip
         metric("memory_bytes", "gauge", "Largest resident size of the daemon.", ("", status["memory_bytes"]))
         for name, value in status["requests"].items():
-            metric(f"{name}_total", "counter", f"{name.replace('_', ' ').capitalize()} since the mount began.", ("", value))
+            metric(
+                f"{name}_total", "counter", f"{name.replace('_', ' ').capitalize()} since the mount began.", ("", value)
+            )
         return "\n".join(lines).encode() + b"\n"
 
     def page_counts(self, image: Image) -> PageCounts:

@@ -186,6 +186,11 @@ class Catalog:
         row: Row | None = self._db.execute(sql, values).fetchone()
         return row
 
+    def number(self, sql: str, *values: Any) -> int:
+        """The one number that a query such as SELECT count(*) gives."""
+        (number,) = self._db.execute(sql, values).fetchone()
+        return int(number)
+
     def insert(self, sql: str, *values: Any) -> int:
         """Run an INSERT and return the new row's number."""
         number = self._db.execute(sql, values).lastrowid

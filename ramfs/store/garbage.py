@@ -136,9 +136,9 @@ class Pass:
         store.catalog.sync()
         for number in self.doomed_images:
             store.images.unlink_files(number)
-        for number, runs in self.garbage.items():
-            if store.layers.by_id[number].sealed and runs:
-                fd = os.open(store.layers.path(number), os.O_RDWR | os.O_CLOEXEC)
+        for layer, runs in self.garbage.items():
+            if store.layers.by_id[layer].sealed and runs:
+                fd = os.open(store.layers.path(layer), os.O_RDWR | os.O_CLOEXEC)
                 try:
                     for first, stop in runs:
                         punch_hole(fd, first << PAGE_SHIFT, (stop - first) << PAGE_SHIFT)

@@ -94,11 +94,12 @@ class Image:
     """
 
     __slots__ = (
-        "_fd", "_table", "ctime", "frozen", "header_stale", "id", "layers", "live", "mtime", "path", "size", "synced_name", "users",
+        "_fd", "_table", "ctime", "frozen", "header_stale", "id", "layers", "live", "mtime", "path", "size",
+        "synced_name", "users",
     )  # fmt: skip
 
-    def __init__(self, id: ImageId, frozen: bool, live: Layer | None, layers: set[LayerId], path: str) -> None:
-        self.id = id
+    def __init__(self, number: ImageId, frozen: bool, live: Layer | None, layers: set[LayerId], path: str) -> None:
+        self.id = number
         self.frozen = frozen
         self.live = live
         self.layers = layers
@@ -146,8 +147,7 @@ class Image:
 
     def store_entries(self, first: int, stop: int) -> None:
         """Write entries ``[first, stop)`` to ``.map``, after the pages that they name."""
-        entries = self.table.entries[first:stop].astype("<u4", copy=False)
-        write_all(self.fd, memoryview(entries).cast("B"), HEADER + first * ENTRY)
+        write_all(self.fd, self.table.entries[first:stop].astype("<u4").tobytes(), HEADER + first * ENTRY)
 
     def close(self) -> None:
         """Close the table file and let go of the table."""
@@ -290,12 +290,17 @@ class Images:
         self.catalog.on_rollback(lambda: self.remove_files(number))
         return image
 
-    def _make(self, header: Header, frozen: bool, layers: set[LayerId], parent: ImageId | None) -> tuple[ImageId, Image]:
+    def _make(
+        self, header: Header, frozen: bool, layers: set[LayerId], parent: ImageId | None
+    ) -> tuple[ImageId, Image]:
         number = ImageId(
             self.catalog.insert(
                 "INSERT INTO images (frozen, layers, parent, created) VALUES (?, ?, ?, ?)",
-                frozen, pack_layers(layers), parent, time.time_ns(),
-            )  # fmt: skip
+                frozen,
+                pack_layers(layers),
+                parent,
+                time.time_ns(),
+            )
         )
         path = self.path(number)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)

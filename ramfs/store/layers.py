@@ -9,6 +9,7 @@ further on. Aliases exist because page i of an image is page i of its layer: whe
 pages to another place of a file, the pages stay and the name moves.
 """
 
+import contextlib
 import mmap
 import os
 from collections import OrderedDict
@@ -103,11 +104,11 @@ class Layer:
 
     __slots__ = ("base", "digested", "id", "sealed", "shift")
 
-    def __init__(self, id: LayerId, sealed: bool, digested: bool, base: LayerId | None, shift: int) -> None:
-        self.id = id
+    def __init__(self, number: LayerId, sealed: bool, digested: bool, base: LayerId | None, shift: int) -> None:
+        self.id = number
         self.sealed = sealed
         self.digested = digested
-        self.base = id if base is None else base
+        self.base = number if base is None else base
         self.shift = shift
 
     @property
@@ -150,7 +151,8 @@ class Layers:
         file = LayerFile(self.path(number), writable=True, create=True)
         self._files[number] = file
         layer = self._add(Layer(number, False, False, None, 0))
-        self.catalog.on_rollback(lambda: (self._drop(layer), self.remove_files(number)))
+        self.catalog.on_rollback(lambda: self.remove_files(number))
+        self.catalog.on_rollback(lambda: self._drop(layer))
         file.extend(size)
         self._trim()
         return layer
@@ -210,10 +212,8 @@ class Layers:
         if file is not None:
             file.close()
         for suffix in ("ram", "xxh3"):
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path(layer, suffix))
-            except FileNotFoundError:
-                pass
 
     def write_digests(self, layer: LayerId) -> None:
         """Hash every stored page of a sealed layer into its digest file (any thread; gives way often)."""

@@ -43,11 +43,7 @@ class Store:
         try:
             path = os.path.join(self.directory, "catalog.sqlite")
             fresh = create and not (os.path.exists(path) and os.path.getsize(path))
-            for part in _PARTS:
-                if fresh:
-                    os.makedirs(os.path.join(self.directory, part), mode=0o700, exist_ok=True)
-                elif not os.path.isdir(os.path.join(self.directory, part)):
-                    raise StoreDamaged(f"{self.directory}/{part} is missing; run `ramfs fsck` on the store")
+            self._prepare_parts(fresh)
             self.catalog = Catalog(path, create=fresh)
         except BaseException:
             self.lock.release()
@@ -78,6 +74,14 @@ class Store:
             raise StoreDamaged(f"store {self.directory} has lost its catalog.sqlite; restore it from a copy")
         if not create or not set(names) <= {"lock", "lost+found", "catalog.sqlite", *_PARTS}:
             raise StoreError(f"{self.directory} is not a ramfs store and not empty: give an empty or new directory")
+
+    def _prepare_parts(self, fresh: bool) -> None:
+        for part in _PARTS:
+            path = os.path.join(self.directory, part)
+            if fresh:
+                os.makedirs(path, mode=0o700, exist_ok=True)
+            elif not os.path.isdir(path):
+                raise StoreDamaged(f"{path} is missing; run `ramfs fsck` on the store")
 
     # -- opening and closing
 
@@ -144,7 +148,10 @@ class Store:
             self.images.replaced |= set(self.layers.by_id)
         self.catalog.sync()
         known_images = {row["id"] for row in self.catalog.execute("SELECT id FROM images")}
-        for directory, known in ((self.images.directory, known_images), (self.layers.directory, set(self.layers.by_id))):
+        for directory, known in (
+            (self.images.directory, known_images),
+            (self.layers.directory, set(self.layers.by_id)),
+        ):
             for name in os.listdir(directory):
                 stem, _, suffix = name.partition(".")
                 if suffix.endswith("new") or (_is_hex(stem) and int(stem, 16) not in known):
