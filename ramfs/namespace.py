@@ -490,6 +490,13 @@ class Namespace:
                 self._changed(inode)
         return inode
 
+    def drop_suid(self, inode: Inode) -> None:
+        """Take set-user-ID, and set-group-ID where it means that, from a file that was written or given away."""
+        bits = stat.S_ISUID | (stat.S_ISGID if inode.mode & stat.S_IXGRP else 0)
+        if inode.image is not None and inode.mode & bits and not inode.frozen:
+            with self.catalog.transaction():
+                self._set(inode, mode=inode.mode & ~bits)
+
     # -- extended attributes
 
     def xattrs(self, ino: InodeNumber) -> list[bytes]:
@@ -510,7 +517,8 @@ class Namespace:
             raise FileError(errno.EROFS)
         if name.startswith(CONTROL_XATTR):
             raise FileError(errno.EPERM)
-        if not name.startswith((b"user.", b"trusted.", b"security.")):
+        # Capabilities would have to be dropped with every write, and memory is not executed.
+        if name == b"security.capability" or not name.startswith((b"user.", b"trusted.", b"security.")):
             raise FileError(errno.EOPNOTSUPP)
         if value is not None and len(value) > MAX_XATTR:
             raise FileError(errno.E2BIG)

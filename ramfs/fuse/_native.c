@@ -3,8 +3,10 @@
  * pyfuse3 calls libfuse through the dynamic linker. This module is loaded with RTLD_GLOBAL before pyfuse3, so
  * the two functions of libfuse that are defined here again are found first:
  *
- *   fuse_session_new          completes the table of operations, keeps the session, edits the INIT reply
+ *   fuse_session_new          completes the table of operations, keeps the session, sets what INIT asks for
  *   fuse_session_receive_buf  answers READ and WRITE at once, without a turn through the event loop
+ *
+ * and the INIT reply gets one flag that libfuse does not know (edit_init).
  *
  * Everything here runs in pyfuse3's loop, which enters libfuse with the GIL held. Operations are handed to
  * Python functions that answer at once (see operations.py); one more operation of libfuse is a row in HANDLERS,
@@ -20,7 +22,9 @@
 #include <linux/fuse.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/uio.h>
 #include <time.h>
+#include <unistd.h>
 
 enum { ON_READ, ON_WRITE, ON_COPY, HANDLERS };
 static const char *const handler_names[HANDLERS] = {"read", "write", "copy_file_range"};
@@ -34,6 +38,7 @@ static struct fuse_session *session;
 static struct fuse_lowlevel_ops theirs; /* pyfuse3's operations */
 static struct fuse_conn_info negotiated;
 static unsigned long long answered;
+static const struct fuse_in_header *current; /* the READ or WRITE being answered, as the kernel wrote it */
 
 static struct fuse_session *(*real_session_new)(struct fuse_args *, const struct fuse_lowlevel_ops *, size_t, void *);
 static int (*real_receive_buf)(struct fuse_session *, struct fuse_buf *);
@@ -129,9 +134,12 @@ static void on_write_buf(fuse_req_t req, fuse_ino_t ino, struct fuse_bufvec *buf
             return;
         }
     }
+    /* libfuse does not tell whether the writer may keep the set-user-ID bit; the request does. */
+    int kill = current != NULL && ((const struct fuse_write_in *)(current + 1))->write_flags & FUSE_WRITE_KILL_SUIDGID;
     PyObject *view = PyMemoryView_FromMemory(data, (Py_ssize_t)size, PyBUF_READ), *answer = NULL;
     if (view != NULL)
-        answer = PyObject_CallFunction(handlers[ON_WRITE], "KLO", (unsigned long long)fi->fh, (long long)offset, view);
+        answer = PyObject_CallFunction(handlers[ON_WRITE], "KLOi", (unsigned long long)fi->fh, (long long)offset, view,
+                                       kill);
     reply_count(req, ON_WRITE, answer);
     Py_XDECREF(view);
     free(copy);
@@ -213,23 +221,27 @@ static int answers(const struct fuse_buf *buf)
 
 __attribute__((visibility("default"))) int fuse_session_receive_buf(struct fuse_session *se, struct fuse_buf *buf)
 {
-    static int worth_spinning; /* did the last look for another request find one? */
+    static int close_together;
+    static long long done; /* when the last request was answered */
     for (unsigned n = 0;; n++) {
         int res = real_receive_buf(se, buf);
-        if (res == -EAGAIN && n > 0 && spin_ns && worth_spinning) {
-            long long until = now_ns() + spin_ns;
+        if (res == -EAGAIN && n > 0 && close_together) {
+            long long until = done + spin_ns;
             do
                 res = real_receive_buf(se, buf);
             while (res == -EAGAIN && now_ns() < until);
-            worth_spinning = res > 0;
         }
         if (res == -EAGAIN) /* the descriptor does not block; pyfuse3 waits again after EINTR */
             return -EINTR;
         if (res <= 0 || se != session || !answers(buf))
             return res;
-        worth_spinning = 1;
+        /* Look for the next one only while they come close together, or an idle guest would cost a core. */
+        close_together = spin_ns && now_ns() - done < 2 * spin_ns;
+        current = buf->mem;
         real_process_buf(se, buf);
+        current = NULL;
         answered++;
+        done = now_ns();
         if (n + 1 >= burst)
             return -EINTR;
     }
@@ -249,6 +261,37 @@ static PyObject *py_install(PyObject *self, PyObject *args, PyObject *kwargs)
         Py_XSETREF(handlers[i], given[i]);
     }
     Py_RETURN_NONE;
+}
+
+/* The kernel asks for the attribute security.capability before every write(2) unless the server promises to
+ * drop privileges itself. libfuse 3.14 has no word for that promise, so it is put into the reply on its way. */
+static ssize_t reply_writev(int fd, struct iovec *iov, int count, void *userdata)
+{
+    static int init_done;
+    (void)userdata;
+    if (!init_done && count >= 2 && iov[1].iov_len == sizeof(struct fuse_init_out)) {
+        struct fuse_init_out *out = iov[1].iov_base;
+        if (out->major == FUSE_KERNEL_VERSION) {
+            out->flags |= FUSE_HANDLE_KILLPRIV_V2;
+            init_done = 1;
+        }
+    }
+    return writev(fd, iov, count);
+}
+
+static ssize_t request_read(int fd, void *buffer, size_t size, void *userdata)
+{
+    (void)userdata;
+    return read(fd, buffer, size);
+}
+
+static PyObject *py_edit_init(PyObject *self, PyObject *none)
+{
+    static const struct fuse_custom_io io = {.writev = reply_writev, .read = request_read};
+    (void)self;
+    (void)none;
+    return PyLong_FromLong(session == NULL ? -EINVAL
+                                           : fuse_session_custom_io(session, &io, fuse_session_fd(session)));
 }
 
 static PyObject *py_session_fd(PyObject *self, PyObject *none)
@@ -272,6 +315,7 @@ static PyMethodDef methods[] = {
     {"install", (PyCFunction)(void (*)(void))py_install, METH_VARARGS | METH_KEYWORDS,
      "Set the handlers and the limits that fuse_session_new and INIT will use."},
     {"session_fd", py_session_fd, METH_NOARGS, "The descriptor of the session that pyfuse3 made, -1 if it made none here."},
+    {"edit_init", py_edit_init, METH_NOARGS, "Complete the INIT reply; call after pyfuse3.init. Returns 0 or -errno."},
     {"connection", py_connection, METH_NOARGS, "What INIT settled, and how many requests were answered at once."},
     {NULL, NULL, 0, NULL},
 };
@@ -280,8 +324,8 @@ static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", "Completes
 
 PyMODINIT_FUNC PyInit__native(void)
 {
-    if (fuse_version() < 310 || resolve()) {
-        PyErr_Format(PyExc_ImportError, "libfuse %s lacks what ramfs needs (3.10 or newer, with the low-level API of 3.x)",
+    if (fuse_version() < 313 || resolve()) {
+        PyErr_Format(PyExc_ImportError, "libfuse %s lacks what ramfs needs (3.13 or newer, with the low-level API of 3.x)",
                      fuse_pkgversion());
         return NULL;
     }

@@ -75,7 +75,7 @@ class Operations(pyfuse3.Operations):
         except Exception as exc:
             return self._failed(exc, "read", handle, offset, size)
 
-    def write_now(self, handle: int, offset: int, data: memoryview) -> int:
+    def write_now(self, handle: int, offset: int, data: memoryview, drop_suid: int) -> int:
         """WRITE: the number of bytes taken, or -errno."""
         try:
             image = self._images.get(handle)
@@ -84,6 +84,8 @@ class Operations(pyfuse3.Operations):
             counters = self.counters
             counters.writes += 1
             counters.written_bytes += len(data)
+            if drop_suid:
+                self._drop_suid(handle)
             return self.pager.write(image, offset, data)
         except Exception as exc:
             return self._failed(exc, "write", handle, offset, len(data))
@@ -103,6 +105,12 @@ class Operations(pyfuse3.Operations):
             return done
         except Exception as exc:
             return self._failed(exc, "copy_file_range", source, source_offset, target, target_offset, length)
+
+    def _drop_suid(self, handle: int) -> None:
+        """A writer without the privilege: the file loses set-user-ID and set-group-ID."""
+        file = self._files[handle]
+        if isinstance(file, FileHandle):
+            self.namespace.drop_suid(file.inode)
 
     def _failed(self, exc: Exception, request: str, *details: int) -> int:
         self.counters.errors += 1
@@ -191,6 +199,8 @@ class Operations(pyfuse3.Operations):
         node = self.namespace.get(InodeNumber(inode))
         if fields.update_mode:
             values["mode"] = stat.S_IFMT(node.mode) | stat.S_IMODE(attr.st_mode)
+        elif fields.update_uid or fields.update_gid or (fields.update_size and ctx.uid != 0):
+            self.namespace.drop_suid(node)
         if fields.update_uid:
             values["uid"] = attr.st_uid
         if fields.update_gid:
@@ -321,6 +331,7 @@ class Operations(pyfuse3.Operations):
             raise FileError(errno.EROFS)
         if flags & os.O_TRUNC:
             self.pager.truncate(image, 0)
+            self.namespace.drop_suid(inode)
         handle = HandleId(next(self._numbers))
         inode.opens[handle] = Opener(pid, writable and not inode.frozen)
         self._images[handle] = image

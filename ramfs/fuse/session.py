@@ -44,8 +44,10 @@ class Session:
             pyfuse3.close()
             raise MountError(
                 "pyfuse3 did not come to ramfs for its session, so copy_file_range would be missing: "
-                "install a pyfuse3 that is linked to libfuse 3.10 to 3.16 dynamically"
+                "install a pyfuse3 that is linked to libfuse 3.13 to 3.16 dynamically"
             )
+        if native.edit_init():
+            raise MountError("libfuse refused to let ramfs complete the INIT reply: install libfuse 3.13 to 3.16")
         os.set_blocking(fd, False)  # the extension reads until there is nothing more
 
     @staticmethod
