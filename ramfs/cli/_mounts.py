@@ -1,12 +1,14 @@
 """Finding mounts in /proc/self/mountinfo."""
 
+import errno
 import os
 import re
 from dataclasses import dataclass
+from typing import Final
 
 from ramfs.errors import MountError
 
-FSTYPE = "fuse.ramfs"
+FSTYPE: Final = "fuse.ramfs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,62 +16,114 @@ class MountEntry:
     """A line of mountinfo (proc(5))."""
 
     device: int
+    root: str
+    """what of the file system lies at the mountpoint: ``/``, or for a bind mount a directory below"""
     mountpoint: str
     fstype: str
     source: str
 
 
-def _unescape(text: str) -> str:
-    return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), os.fsencode(text)))
+def _unescape(text: bytes) -> str:
+    return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), text))
 
 
 def mounts() -> list[MountEntry]:
     """All mounts that this process sees, in the order they were made."""
     found = []
-    with open("/proc/self/mountinfo", errors="surrogateescape") as file:
-        for line in file:
-            fields, _, rest = line.partition(" - ")
-            parts, (fstype, source, *_) = fields.split(" "), rest.split(" ")
-            major, _, minor = parts[2].partition(":")
+    with open("/proc/self/mountinfo", "rb") as file:
+        for line in file.read().split(b"\n")[:-1]:
+            fields, _, rest = line.partition(b" - ")
+            parts, (fstype, source, *_) = fields.split(b" "), rest.split(b" ")
+            major, _, minor = parts[2].partition(b":")
             found.append(
-                MountEntry(os.makedev(int(major), int(minor)), _unescape(parts[4]), fstype, _unescape(source))
+                MountEntry(
+                    os.makedev(int(major), int(minor)),
+                    _unescape(parts[3]),
+                    _unescape(parts[4]),
+                    _unescape(fstype),
+                    _unescape(source),
+                )
             )
     return found
 
 
+def place_of(mountpoint: str) -> str:
+    """The absolute path without symlinks of a mountpoint. Never asks a file system that is mounted there."""
+    path = os.path.abspath(mountpoint)
+    for _ in range(40):
+        path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+        try:
+            path = os.path.abspath(os.path.join(os.path.dirname(path), os.readlink(path)))
+        except OSError:  # EINVAL: no symlink. The kernel knows that of a mount's root by itself.
+            break
+    return path
+
+
 def mounted_at(mountpoint: str) -> MountEntry | None:
     """The uppermost mount at exactly this place. Looks at names only, so it works where the mount hangs."""
-    place = _real(mountpoint)
+    place = place_of(mountpoint)
     for entry in reversed(mounts()):
         if entry.mountpoint == place:
             return entry
     return None
 
 
-def _real(path: str) -> str:
-    """The path with the symlinks of its parents resolved, without a look at its last part."""
-    head, tail = os.path.split(os.path.abspath(path))
-    return os.path.join(os.path.realpath(head), tail)
+def running() -> list[MountEntry]:
+    """All ramfs mounts, each once, however often it is bound to other places."""
+    found: dict[int, MountEntry] = {}
+    for entry in mounts():
+        if entry.fstype == FSTYPE and (entry.device not in found or found[entry.device].root != "/" == entry.root):
+            found[entry.device] = entry
+    return list(found.values())
 
 
-def mount_of(path: str) -> MountEntry:
-    """The ramfs mount that an existing path lies in. Raises MountError."""
-    device = os.stat(path).st_dev
-    for entry in reversed(mounts()):
-        if entry.device == device:
-            if entry.fstype != FSTYPE:
-                break
-            return entry
-    raise MountError(f"{path} does not lie in a ramfs mount: name a path below a mountpoint of `ramfs mount`")
+def locate(path: str) -> tuple[MountEntry, str]:
+    """The ramfs mount that an existing path lies in, and the path's way from the root of that mount.
+
+    Raises MountError, or OSError where there is no such path.
+    """
+    real = os.path.realpath(path)
+    try:
+        device = os.stat(real).st_dev
+    except OSError as exc:
+        if exc.errno != errno.ENOTCONN:
+            raise OSError(exc.errno, exc.strerror, path) from None
+        raise MountError(
+            f"{path} lies in a mount whose daemon has died: unmount it (ramfs umount) and mount the store again"
+        ) from None
+    same = [entry for entry in mounts() if entry.device == device and entry.fstype == FSTYPE]
+    if not same:
+        raise MountError(f"{path} does not lie in a ramfs mount: name a path below a mountpoint of `ramfs mount`")
+    # It may be bound to several places. The way is that of the place which the path goes through.
+    over = [entry for entry in same if os.path.commonpath((entry.mountpoint, real)) == entry.mountpoint]
+    through = max(over, key=lambda entry: len(entry.mountpoint), default=same[-1])
+    whole = next((entry for entry in same if entry.root == "/"), None)
+    if whole is None:
+        raise MountError(f"{path} lies in a part of a ramfs mount, and the whole of it is mounted nowhere in sight")
+    return whole, os.path.relpath(os.path.join(through.root, os.path.relpath(real, through.mountpoint)), "/")
 
 
-def relative(path: str, entry: MountEntry) -> str:
-    """An existing path's way from the root of its mount."""
-    return os.path.relpath(os.path.realpath(path), entry.mountpoint)
+def users(mountpoint: str) -> list[str]:
+    """The processes that use a mount, as far as /proc tells, such as ``qemu-system-x86 (1234)``."""
+    inside = mountpoint.rstrip("/") + "/"
 
+    def uses(process: str) -> bool:
+        links = [f"{process}/cwd", f"{process}/root", *(entry.path for entry in os.scandir(f"{process}/fd"))]
+        for link in links:
+            try:
+                if f"{os.readlink(link)}/".startswith(inside):
+                    return True
+            except FileNotFoundError:  # closed meanwhile
+                continue
+        with open(f"{process}/maps", errors="surrogateescape") as maps:
+            return any(f" {inside}" in line for line in maps)
 
-def running(path: str | None) -> list[MountEntry]:
-    """The ramfs mount of a path, or all of them."""
-    if path is not None:
-        return [mount_of(path)]
-    return [entry for entry in mounts() if entry.fstype == FSTYPE]
+    found = []
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            if uses(f"/proc/{pid}"):
+                with open(f"/proc/{pid}/comm", errors="replace") as comm:
+                    found.append(f"{comm.read().strip()} ({pid})")
+        except OSError:  # another user's, or gone
+            continue
+    return sorted(found)

@@ -1,13 +1,14 @@
 """``ramfs clone``."""
 
+import errno
 import json
 import os
 
 import click
 
 from ramfs.cli._flush import regular_files
-from ramfs.cli._mounts import mount_of, relative
-from ramfs.errors import UsageError
+from ramfs.cli._mounts import locate
+from ramfs.errors import FileError, UsageError
 
 
 @click.command("clone")
@@ -18,23 +19,42 @@ def clone(source: str, target: str) -> None:
 
     Does in one call what `cp -r` does file by file. If TARGET is a directory, the copy is made inside it.
     """
-    entry = mount_of(source)
+    for name, value in (("SOURCE", source), ("TARGET", target)):
+        if not value:
+            raise UsageError(f"{name} is empty: give a path on a ramfs mount")
+    mount, source_path = locate(source)
+    if not os.path.isdir(source):
+        raise FileError(errno.ENOTDIR, f"{source} is not a directory: copy single files with cp")
     if os.path.isdir(target):
         target = os.path.join(target, os.path.basename(os.path.realpath(source)))
     parent, name = os.path.split(target.rstrip("/"))
-    if mount_of(parent or ".") != entry:
+    if not os.path.isdir(parent or "."):
+        raise FileError(errno.ENOENT, f"{parent} is not a directory: make it first")
+    other, parent_path = locate(parent or ".")
+    if other.device != mount.device:
         raise UsageError(f"{source} and {target} lie in different mounts: clones share pages, so copy with cp instead")
+    if os.path.lexists(target):
+        raise FileError(errno.EEXIST, f"{target} exists: choose another name, or remove it first")
     for path in regular_files(source):  # what guests stored into mapped pages
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # removed since, and so no part of the copy
         try:
             os.fsync(fd)
         finally:
             os.close(fd)
-    command = {"source": relative(source, entry), "parent": relative(parent or ".", entry), "name": name}
-    fd = os.open(os.path.join(entry.mountpoint, ".ramfs/control"), os.O_WRONLY)
+    command = {"source": source_path, "parent": parent_path, "name": name}
+    control = os.path.join(mount.mountpoint, ".ramfs/control")
+    try:
+        fd = os.open(control, os.O_WRONLY | os.O_CLOEXEC)
+    except PermissionError:
+        raise FileError(
+            errno.EACCES, f"you may not write {control}, which only the mount's owner may: use cp -r"
+        ) from None
     try:
         os.write(fd, json.dumps({"clone": command}).encode())
     except OSError as exc:
-        raise OSError(exc.errno, exc.strerror, target) from None
+        raise FileError(exc.errno or errno.EIO, f"cannot clone {source} to {target}: {exc.strerror}") from None
     finally:
         os.close(fd)

@@ -1,18 +1,21 @@
 """``ramfs du``."""
 
+import errno
 import json
 import os
+import stat
+import sys
 from collections.abc import Iterator
+from typing import Final
 
 import click
-from rich.console import Console
-from rich.table import Table
 
-from ramfs.cli._mounts import mount_of
-from ramfs.cli.status import human
+from ramfs.cli._mounts import locate
+from ramfs.cli._text import human, printable, write_line
+from ramfs.errors import FileError
 from ramfs.units import PAGE
 
-STATES = ("owned", "shared", "zero", "absent")
+STATES: Final = ("owned", "shared", "zero", "absent")
 
 
 def page_counts(path: str) -> dict[str, int]:
@@ -22,20 +25,38 @@ def page_counts(path: str) -> dict[str, int]:
 
 
 def files(path: str) -> Iterator[str]:
-    """A regular file itself, or those below a directory; symlinks are not followed."""
-    if not os.path.isdir(path):
-        yield path
-        return
+    """The regular files below a directory; symlinks are not followed."""
     for directory, names, entries in os.walk(path, onerror=_raise):
         names.sort()
         for name in sorted(entries):
             full = os.path.join(directory, name)
-            if os.path.isfile(full) and not os.path.islink(full):
-                yield full
+            try:
+                if stat.S_ISREG(os.lstat(full).st_mode):
+                    yield full
+            except FileNotFoundError:
+                continue  # removed meanwhile
 
 
 def _raise(error: OSError) -> None:
     raise error
+
+
+def collect(path: str) -> dict[str, dict[str, int]]:
+    """Page counts of a file, or of the files below a directory, by their paths."""
+    if os.path.isdir(path):
+        found = {}
+        for name in files(path):
+            try:
+                found[name] = page_counts(name)
+            except FileNotFoundError:
+                continue
+        return found
+    try:
+        return {path: page_counts(os.path.realpath(path))}
+    except OSError as exc:
+        if exc.errno != errno.ENODATA:
+            raise
+        raise FileError(errno.EINVAL, f"{path} is not a regular file, so it has no pages") from None
 
 
 @click.command("du")
@@ -48,16 +69,18 @@ def du(path: str, in_pages: bool, as_json: bool) -> None:
     Owned pages are named by this file alone: their space comes back when it is removed. Shared ones are named
     by a clone or snapshot too, zero pages take no space, absent ones have not arrived yet.
     """
-    mount_of(path)
-    found = {name: page_counts(name) for name in files(path)}
+    locate(path)
+    found = collect(path)
     total = {state: sum(counts[state] for counts in found.values()) for state in (*STATES, "total")}
     if as_json:
         click.echo(json.dumps({"page_bytes": PAGE, "files": found, "total": total}, indent=2))
         return
-    table = Table(box=None, pad_edge=False)
-    for state in STATES:
-        table.add_column(state, justify="right")
-    table.add_column("file", overflow="fold")
+    rows: list[tuple[str, ...]] = [(*STATES, "file")]
+    show = printable if sys.stdout.isatty() else str
     for name, counts in [*found.items(), ("total", total)] if len(found) != 1 else found.items():
-        table.add_row(*(str(counts[state]) if in_pages else human(counts[state] * PAGE) for state in STATES), name)
-    Console().print(table)
+        rows.append(
+            (*(str(counts[state]) if in_pages else human(counts[state] * PAGE) for state in STATES), show(name))
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(STATES))]
+    for row in rows:
+        write_line("  ".join([*(cell.rjust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]))

@@ -1,28 +1,36 @@
 """``ramfs mount``."""
 
+import errno
 import logging
 import logging.handlers
 import os
 import stat
 import subprocess
 import sys
+import threading
 from typing import Final
 
 import click
 
-from ramfs.cli._mounts import FSTYPE, mounted_at
+from ramfs.cli._mounts import FSTYPE, mounted_at, place_of, users
 from ramfs.errors import MountError, UsageError
 
 #: Options that the kernel or libfuse know, passed on as they are.
-_PASSED: Final = frozenset(
+PASSED: Final = frozenset(
     ("allow_other", "allow_root", "ro", "rw", "suid", "nosuid", "dev", "nodev", "exec", "noexec", "atime", "noatime",
-     "nodiratime", "relatime", "norelatime", "strictatime", "sync", "async", "dirsync", "default_permissions")
+     "sync", "async", "dirsync", "default_permissions")
 )  # fmt: skip
-#: Words of fstab that are for others.
-_IGNORED: Final = frozenset(
-    ("defaults", "auto", "noauto", "user", "users", "nouser", "nofail", "fail", "_netdev", "owner", "group")
-)
-_OURS: Final = frozenset(("template_rdwr", "debug"))
+#: Words of fstab that are for others, and kinds of access times, of which none is kept.
+IGNORED: Final = frozenset(
+    ("defaults", "auto", "noauto", "user", "users", "nouser", "nofail", "fail", "_netdev", "owner", "group",
+     "nodiratime", "diratime", "relatime", "norelatime", "strictatime", "nostrictatime", "lazytime", "nolazytime")
+)  # fmt: skip
+OURS: Final = frozenset(("template_rdwr", "debug"))
+
+#: Where a daemon in the background logs to, when something listens there.
+SYSLOG: Final = "/dev/log"
+#: Seconds that a mount which is in the way may take to say that it lives.
+_PATIENCE: Final = 5.0
 
 
 def split_options(words: tuple[str, ...]) -> tuple[list[str], set[str]]:
@@ -30,38 +38,67 @@ def split_options(words: tuple[str, ...]) -> tuple[list[str], set[str]]:
     passed: list[str] = []
     ours: set[str] = set()
     for option in (option for word in words for option in word.split(",")):
-        if option in _OURS:
+        if option in OURS:
             ours.add(option)
-        elif option in _PASSED:
+        elif option in PASSED:
             passed.append(option)
-        elif option and option not in _IGNORED and not option.startswith(("x-", "X-", "comment=")):
-            raise UsageError(
-                f"unknown mount option {option!r}: known are {', '.join(sorted(_OURS | _PASSED))}"
-            )
+        elif option and option not in IGNORED and not option.startswith(("x-", "X-", "comment=")):
+            raise UsageError(f"unknown mount option {option!r}: known are {', '.join(sorted(OURS | PASSED))}")
     return passed, ours
 
 
 def check_places(store: str, mountpoint: str) -> None:
     """Refuse what cannot work: no directory, a store under its own mount. A dead mount is cleared away."""
+    entry = mounted_at(mountpoint)
+    if entry is not None and entry.fstype == FSTYPE:
+        if _lives(entry.mountpoint):
+            raise MountError(
+                f"{mountpoint} is mounted already, with store {entry.source}: unmount it or choose another place"
+            )
+        click.echo(f"ramfs: {mountpoint} was left behind by a daemon that died: unmounting it", err=True)
+        unmount(entry.mountpoint, lazy=True)
+        check_places(store, mountpoint)  # another may lie below
+        return
     try:
-        if not stat.S_ISDIR(os.stat(mountpoint).st_mode):
-            raise MountError(f"mountpoint {mountpoint} is not a directory: give an existing directory")
+        mode = os.stat(mountpoint).st_mode
     except FileNotFoundError:
         raise MountError(f"mountpoint {mountpoint} does not exist: make the directory first") from None
     except OSError as exc:
-        entry = mounted_at(mountpoint)
-        if entry is None or entry.fstype != FSTYPE:
-            raise MountError(f"mountpoint {mountpoint} cannot be used: {exc.strerror}") from exc
-        click.echo(f"ramfs: {mountpoint} was left behind by a daemon that died: unmounting it", err=True)
-        unmount(mountpoint, lazy=True)
-        check_places(store, mountpoint)
-        return
-    entry = mounted_at(mountpoint)
-    if entry is not None and entry.fstype == FSTYPE:
-        raise MountError(f"{mountpoint} is mounted already, with store {entry.source}: unmount it or choose another place")
+        raise MountError(f"mountpoint {mountpoint} cannot be used: {exc.strerror}") from exc
+    if not stat.S_ISDIR(mode):
+        raise MountError(f"mountpoint {mountpoint} is not a directory: give an existing directory")
     inner, outer = os.path.realpath(store), os.path.realpath(mountpoint)
-    if os.path.commonpath((inner, outer)) in (inner, outer):
-        raise MountError(f"store {store} and mountpoint {mountpoint} lie within each other: choose separate places")
+    common = os.path.commonpath((inner, outer))
+    if common == outer:
+        raise MountError(f"store {store} lies below mountpoint {mountpoint}, which would hide it: choose another place")
+    if common == inner:
+        raise MountError(
+            f"mountpoint {mountpoint} lies in store {store}, which is for ramfs alone: choose another place"
+        )
+    if not os.path.exists("/dev/fuse"):
+        raise MountError(
+            "there is no /dev/fuse: load the kernel's module (modprobe fuse), or let the container have it"
+        )
+
+
+def _lives(mountpoint: str) -> bool:
+    """Does a daemon answer for the mount? Raises MountError when that cannot be told in time."""
+    outcome: list[bool] = []
+
+    def ask() -> None:
+        try:
+            os.statvfs(mountpoint)  # unlike attributes, never from the kernel's memory
+        except OSError as exc:
+            outcome.append(exc.errno not in (errno.ENOTCONN, errno.ECONNABORTED))
+        else:
+            outcome.append(True)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_PATIENCE)
+    if not outcome:
+        raise MountError(f"{mountpoint} is mounted already, and its daemon does not answer: end that daemon first")
+    return outcome[0]
 
 
 def unmount(mountpoint: str, *, lazy: bool = False) -> None:
@@ -71,12 +108,17 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     else:
         command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", mountpoint]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, errors="replace")
     except FileNotFoundError:
         raise MountError(f"{command[0]} is not installed: install Debian's package fuse3 or mount") from None
-    if done.returncode:
-        words = " ".join(done.stderr.split()) or f"{command[0]} exited with {done.returncode}"
-        raise MountError(f"{words}; stop what uses the mount (fuser -vm {mountpoint} names it)")
+    if done.returncode == 0:
+        return
+    words = " ".join(done.stderr.split()).rstrip(".") or f"{command[0]} exited with {done.returncode}"
+    if "busy" in words:
+        found = users(mountpoint)
+        who = f"used by {', '.join(found)}" if found else "used by a process that /proc does not show you"
+        raise MountError(f"{mountpoint} is busy, {who}: end that first, or detach it with --lazy")
+    raise MountError(words)
 
 
 @click.command("mount")
@@ -96,11 +138,16 @@ def mount(store: str, mountpoint: str, options: tuple[str, ...], foreground: boo
       template_rdwr   let frozen files be opened for writing, which QEMU before
                       8.2 needs for share=off; no write is accepted even then
       debug           log more
-    """
+    """  # noqa: D301 - click takes the backspace for "do not wrap"
     passed, ours = split_options(options)
-    store, mountpoint = os.path.abspath(store), os.path.abspath(mountpoint)
+    for name, value in (("STORE", store), ("MOUNTPOINT", mountpoint)):
+        if not value:
+            raise UsageError(f"{name} is empty: give the path of a directory")
+    store = os.path.abspath(store)
     if ready_fd is None:
+        mountpoint = os.path.abspath(mountpoint)
         check_places(store, mountpoint)
+        mountpoint = place_of(mountpoint)
     if not foreground:
         return _in_background(store, mountpoint, options)
     _log_to(store, background=ready_fd is not None, debug="debug" in ours)
@@ -115,56 +162,87 @@ def mount(store: str, mountpoint: str, options: tuple[str, ...], foreground: boo
             os.write(ready_fd, b"ready\n")
             os.close(ready_fd)
 
-    # The store's path is what mount(8) and findmnt show as the source; libfuse takes ASCII without commas.
-    source = store if store.isascii() and not set(store) & set(",\\") else "ramfs"
     request = MountRequest(
-        store, mountpoint, (*passed, "subtype=ramfs", f"fsname={source}"), template_rdwr="template_rdwr" in ours
+        store,
+        mountpoint,
+        (*passed, "subtype=ramfs", f"fsname={_escape(store)}"),
+        template_rdwr="template_rdwr" in ours,
     )
     Daemon(request, ready).run()
     return 0
 
 
+def _escape(source: str) -> str:
+    """What mount(8) and findmnt show as the source, as libfuse takes it in an option: octal for all that is special."""
+    return "".join(
+        chr(byte) if 0x20 < byte < 0x7F and byte not in b",\\" else f"\\{byte:03o}" for byte in os.fsencode(source)
+    )
+
+
 def _in_background(store: str, mountpoint: str, options: tuple[str, ...]) -> int:
     """Start the daemon in a session of its own; wait until it serves or fails. Its errors are its own words."""
     reader, writer = os.pipe()
-    command = [sys.executable, "-m", "ramfs", "mount", "-f", "--ready-fd", str(writer)]
+    command = [sys.executable, "-P", "-m", "ramfs", "mount", "-f", "--ready-fd", str(writer)]
     for option in options:
         command += ["-o", option]
     child = subprocess.Popen(
-        [*command, "--", store, mountpoint], stdin=subprocess.DEVNULL, pass_fds=(writer,), start_new_session=True, cwd="/"
+        [*command, "--", store, mountpoint],
+        stdin=subprocess.DEVNULL,
+        pass_fds=(writer,),
+        start_new_session=True,
+        cwd="/",
     )
     os.close(writer)
-    with open(reader, "rb") as pipe:
-        if pipe.read() == b"ready\n":
-            child.returncode = 0  # it lives on; nobody waits for it
-            return 0
-    return child.wait()
+    try:
+        with open(reader, "rb") as pipe:
+            if pipe.read() == b"ready\n":
+                child.returncode = 0  # it lives on; nobody waits for it
+                return 0
+        code = child.wait()
+    except KeyboardInterrupt:
+        child.terminate()
+        child.wait()
+        raise
+    if code < 0:
+        raise MountError(f"the daemon was ended by signal {-code} before the mount was ready")
+    return code or MountError.exit_code
 
 
 def _log_to(store: str, *, background: bool, debug: bool) -> None:
-    """Log to the journal, to standard error, or where there is neither to the store."""
-    form = logging.Formatter("ramfs: %(levelname)s: %(message)s")
+    """Log to the journal, to standard error, or from the background to syslog or else into the store."""
     handlers: list[logging.Handler] = []
-    if os.environ.get("JOURNAL_STREAM"):
-        form = _JournalFormatter("%(message)s")
-    if background and os.path.exists("/dev/log"):
-        syslog = logging.handlers.SysLogHandler("/dev/log", logging.handlers.SysLogHandler.LOG_DAEMON)
-        syslog.ident = f"ramfs[{os.getpid()}]: "
-        syslog.setFormatter(logging.Formatter("%(message)s"))
-        handlers.append(syslog)
-    elif background and os.path.isdir(store):
-        file = logging.handlers.RotatingFileHandler(
-            os.path.join(store, "daemon.log"), maxBytes=1 << 20, backupCount=1, delay=True
-        )
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s"))
-        handlers.append(file)
+    if background:
+        handlers.append(_syslog() or _file_log(store))
     console = logging.StreamHandler()
-    console.setFormatter(form)
+    journal = os.environ.get("JOURNAL_STREAM") == "{0.st_dev}:{0.st_ino}".format(os.fstat(2))
+    console.setFormatter(
+        _JournalFormatter("%(message)s") if journal else logging.Formatter("ramfs: %(levelname)s: %(message)s")
+    )
     if background:
         console.setLevel(logging.WARNING)  # until the mount is ready somebody reads standard error
     handlers.append(console)
     logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, handlers=handlers)
     logging.getLogger("pyfuse3").setLevel(logging.INFO)
+
+
+def _syslog() -> logging.Handler | None:
+    """A handler for what listens at /dev/log, None where nothing does."""
+    try:
+        handler = logging.handlers.SysLogHandler(SYSLOG, logging.handlers.SysLogHandler.LOG_DAEMON)
+    except OSError:
+        return None
+    handler.ident = f"ramfs[{os.getpid()}]: "
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    return handler
+
+
+def _file_log(store: str) -> logging.Handler:
+    """STORE/daemon.log, made with the first line, when there is a store."""
+    handler = logging.handlers.RotatingFileHandler(
+        os.path.join(store, "daemon.log"), maxBytes=1 << 20, backupCount=1, delay=True, errors="backslashreplace"
+    )
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s"))
+    return handler
 
 
 class _JournalFormatter(logging.Formatter):

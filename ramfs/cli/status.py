@@ -3,15 +3,20 @@
 import json
 import os
 import time
-from typing import Any
+from typing import Any, Final
 
 import click
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
-from ramfs.cli._mounts import MountEntry, running
+from ramfs.cli._mounts import MountEntry, locate, running
+from ramfs.cli._text import human, printable
 from ramfs.errors import MountError
+
+#: Seconds between two looks of ``--watch``.
+_PERIOD: Final = 1.0
 
 
 def read_status(entry: MountEntry) -> dict[str, Any]:
@@ -20,6 +25,8 @@ def read_status(entry: MountEntry) -> dict[str, Any]:
     try:
         with open(path, "rb", buffering=0) as file:
             status: dict[str, Any] = json.loads(file.readall())
+    except PermissionError:
+        raise MountError(f"you may not read {path}: ask as the owner of the mount, or as root") from None
     except OSError as exc:
         raise MountError(
             f"{entry.mountpoint} does not answer ({exc.strerror}): if its daemon died, unmount it and mount again"
@@ -27,25 +34,27 @@ def read_status(entry: MountEntry) -> dict[str, Any]:
     return status
 
 
-def human(count: float) -> str:
-    """Bytes as people read them."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
+def read_all() -> list[dict[str, Any]]:
+    """The status of every ramfs mount; one that does not answer costs a line on standard error."""
+    found = []
+    for entry in running():
+        try:
+            found.append(read_status(entry))
+        except MountError as exc:
+            click.echo(f"ramfs: {exc}", err=True)
+    return found
 
 
 def picture(statuses: list[dict[str, Any]]) -> RenderableType:
     """A table for each mount."""
     parts: list[RenderableType] = []
     for status in statuses:
-        table = Table(title=status["mountpoint"], title_justify="left", show_header=False)
+        table = Table(title=Text(printable(status["mountpoint"])), title_justify="left", show_header=False)
         table.add_column(style="bold")
-        table.add_column()
+        table.add_column(overflow="fold")
         images, layers, space, requests = (status[key] for key in ("images", "layers", "store_bytes", "requests"))
-        rows = (
-            ("store", status["store"]),
+        rows = [
+            ("store", printable(status["store"])),
             ("daemon", f"pid {status['pid']}, version {status['version']}, up {status['uptime_seconds']:.0f} s"),
             ("images", f"{images['total']}, of which {images['frozen']} frozen, {images['in_use']} in use"),
             ("snapshots", str(status["snapshots"])),
@@ -55,12 +64,12 @@ def picture(statuses: list[dict[str, Any]]) -> RenderableType:
             ("written", f"{requests['writes']} requests, {human(requests['written_bytes'])}"),
             ("shared", f"{human(requests['shared_bytes'])} by copy_file_range, {requests['clones']} clones"),
             ("errors", str(requests["errors"])),
-        )
-        for name, value in rows:
-            table.add_row(name, value)
+        ]
         for file in status["open_files"]:
             pids = ", ".join(map(str, file["pids"]))
-            table.add_row("open", f"{file['path']} ({human(file['bytes'])}) in process {pids}")
+            rows.append(("open", f"{printable(file['path'])} ({human(file['bytes'])}) in process {pids}"))
+        for name, value in rows:
+            table.add_row(name, Text(value))
         parts.append(table)
     return Group(*parts) if parts else "no ramfs mount"
 
@@ -73,22 +82,26 @@ def status(path: str | None, watch: bool, as_json: bool) -> None:
     """Show the mount that PATH lies in, or all ramfs mounts."""
 
     def look() -> list[dict[str, Any]]:
-        return [read_status(entry) for entry in running(path)]
+        return read_all() if path is None else [read_status(locate(path)[0])]
 
     def text(statuses: list[dict[str, Any]]) -> str:
         return json.dumps(statuses if path is None else statuses[0], indent=None if watch else 2)
 
-    if as_json:
-        click.echo(text(look()))
-        while watch:
-            time.sleep(1)
-            click.echo(text(look()))
-        return
     console = Console()
     if not watch:
-        console.print(picture(look()))
+        if as_json:
+            click.echo(text(look()))
+        else:
+            console.print(picture(look()))
         return
-    with Live(picture(look()), console=console, auto_refresh=False) as live:
-        while True:
-            time.sleep(1)
-            live.update(picture(look()), refresh=True)
+    try:
+        if as_json:
+            while True:
+                click.echo(text(look()))
+                time.sleep(_PERIOD)
+        with Live(picture(look()), console=console, auto_refresh=False) as live:
+            while True:
+                time.sleep(_PERIOD)
+                live.update(picture(look()), refresh=True)
+    except KeyboardInterrupt:  # the end that was asked for
+        return

@@ -3,15 +3,16 @@
 import fcntl
 import os
 import time
+from typing import Final
 
 import click
 
-from ramfs.cli._mounts import FSTYPE, mounted_at
+from ramfs.cli._mounts import FSTYPE, mounted_at, mounts
 from ramfs.cli.mount import unmount
-from ramfs.errors import MountError
+from ramfs.errors import MountError, UsageError
 
 #: Seconds that the daemon may take to write what is still to be written.
-_PATIENCE = 120.0
+_PATIENCE: Final = 120.0
 
 
 @click.command("umount")
@@ -19,23 +20,25 @@ _PATIENCE = 120.0
 @click.option("-l", "--lazy", is_flag=True, help="Detach now, end when the last user is gone.")
 def umount(mountpoint: str, lazy: bool) -> None:
     """Unmount MOUNTPOINT; returns when the store is closed and can be mounted again."""
-    mountpoint = os.path.abspath(mountpoint)
+    if not mountpoint:
+        raise UsageError("MOUNTPOINT is empty: give the path of a mount")
     entry = mounted_at(mountpoint)
     if entry is None:
-        raise MountError(f"{mountpoint} is not mounted")
+        raise MountError(f"{mountpoint} is not mounted; `ramfs status` and findmnt -t {FSTYPE} list what is")
     if entry.fstype != FSTYPE:
         raise MountError(f"{mountpoint} is a mount of type {entry.fstype}, not of ramfs: use umount(8)")
     unmount(entry.mountpoint, lazy=lazy)
-    if not lazy:
-        _wait_closed(os.path.join(entry.source, "lock"))
+    bound_elsewhere = any(other.device == entry.device for other in mounts())
+    if not lazy and not bound_elsewhere and entry.source.startswith("/"):
+        _wait_closed(entry.source)
 
 
-def _wait_closed(lock: str) -> None:
+def _wait_closed(store: str) -> None:
     """Wait until the daemon has given the store's lock back."""
     try:
-        fd = os.open(lock, os.O_RDONLY)
+        fd = os.open(os.path.join(store, "lock"), os.O_RDONLY)
     except OSError:
-        return  # the store's name does not fit into mountinfo, or is another user's: the daemon ends by itself
+        return  # another user's store, or one that is gone: the daemon ends by itself
     try:
         deadline = time.monotonic() + _PATIENCE
         while time.monotonic() < deadline:
@@ -44,6 +47,9 @@ def _wait_closed(lock: str) -> None:
                 return
             except BlockingIOError:
                 time.sleep(0.01)
-        raise MountError("the daemon has not closed its store yet: look at its log, and for a slow disk wait")
+        raise MountError(
+            f"the daemon has not closed {store} after {_PATIENCE:.0f} s: its disk is slow, "
+            "or another mount namespace has the mount too"
+        )
     finally:
         os.close(fd)

@@ -1,13 +1,18 @@
 """The session with the kernel: made, served, taken down."""
 
+import contextlib
 import errno
+import logging
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from ramfs.errors import MountError
 from ramfs.fuse.extension import native, pyfuse3
 from ramfs.fuse.operations import Operations
+
+log = logging.getLogger(__name__)
 
 #: Requests that the kernel may have under way for reading ahead and writing back.
 MAX_BACKGROUND: Final = 64
@@ -16,6 +21,22 @@ MAX_REQUEST: Final = 1 << 20
 #: ns that the extension looks for the next request before it goes back to the loop. Handing the thread's CPU
 #: back and being woken costs more than most gaps between the faults of one vCPU last.
 SPIN_NS: Final = 20_000
+
+
+@contextlib.contextmanager
+def _heard(words: list[str]) -> Iterator[None]:
+    """Collect the lines that libfuse and fusermount3 write to standard error: errors of ours are one line."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.memfd_create("libfuse"), "r+", errors="backslashreplace") as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            words.extend(filter(None, map(str.strip, file)))
 
 
 class Session:
@@ -32,13 +53,14 @@ class Session:
             max_write=MAX_REQUEST,
             spin_ns=SPIN_NS if (os.cpu_count() or 1) > 1 else 0,
         )
+        words: list[str] = []
         try:
-            pyfuse3.init(operations, mountpoint, {"default_permissions", *options})
+            with _heard(words):
+                pyfuse3.init(operations, mountpoint, {"default_permissions", *options})
         except RuntimeError as exc:
-            raise MountError(
-                f"{mountpoint} cannot be mounted ({exc}): see the message of libfuse above; is /dev/fuse there, and "
-                "may you mount here?"
-            ) from exc
+            raise MountError(f"{mountpoint} cannot be mounted: {'; '.join(words) or exc}") from exc
+        for line in words:
+            log.warning("%s", line)
         fd = native.session_fd()
         if fd < 0:
             pyfuse3.close()
@@ -47,6 +69,7 @@ class Session:
                 "install a pyfuse3 that is linked to libfuse 3.13 to 3.16 dynamically"
             )
         if native.edit_init():
+            pyfuse3.close(unmount=True)
             raise MountError("libfuse refused to let ramfs complete the INIT reply: install libfuse 3.13 to 3.16")
         os.set_blocking(fd, False)  # the extension reads until there is nothing more
 
