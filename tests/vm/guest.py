@@ -41,9 +41,7 @@ Style = Literal["-mem-path", "backend"]
 @functools.cache
 def images() -> tuple[Path, Path]:
     """Kernel and initramfs, built when they are missing."""
-    out = subprocess.run(
-        [_TREE / "tools" / "guest"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True
-    )
+    out = subprocess.run([_TREE / "tools" / "guest"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True)
     kernel, initrd = out.stdout.decode().splitlines()
     return Path(kernel), Path(initrd)
 
@@ -187,9 +185,7 @@ class Guest:
 
     def wait_for_tick(self, more_than: int = -1, timeout: float = 30) -> int:
         """Wait for a tick above the given one, and return the last one."""
-        self._wait(
-            lambda: bool(self.ticks) and self.ticks[-1] > more_than, timeout, f"did not tick past {more_than}"
-        )
+        self._wait(lambda: bool(self.ticks) and self.ticks[-1] > more_than, timeout, f"did not tick past {more_than}")
         return self.ticks[-1]
 
     def tick_on(self, count: int = 2) -> None:

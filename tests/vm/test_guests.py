@@ -259,9 +259,7 @@ def test_the_name_is_taken_at_the_last_moment(lab: Lab) -> None:
         if not (vm / ".snap" / "one").exists():
             (vm / ".snap" / "one").mkdir()
 
-    with Proxy(
-        parent.socket, parent.socket.with_name("proxy"), {"query-migrate": somebody_is_quicker}
-    ) as proxy:
+    with Proxy(parent.socket, parent.socket.with_name("proxy"), {"query-migrate": somebody_is_quicker}) as proxy:
         done = ramfs("snapshot", vm, "one", "--qmp", proxy.path)
     assert done.returncode == 1
     assert "exists" in done.stderr

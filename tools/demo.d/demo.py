@@ -32,6 +32,48 @@ class DemoFailed(Exception):
     """The demonstration cannot go on, or did not show what it promised."""
 
 
+class Interrupts:
+    """Ctrl-C and its relatives as an orderly end, never in the middle of a command."""
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self._held = False
+        self._seen: int | None = None
+
+    def watch(self) -> None:
+        for number in self.NUMBERS:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _: object) -> None:
+        self._seen = number
+        if not self._held:
+            self._end(number)
+
+    def _end(self, number: int) -> NoReturn:
+        print("\ninterrupted; cleaning up", flush=True)
+        raise SystemExit(128 + number)
+
+    def ignore(self) -> None:
+        """From here on all is clearing up, which is not to be cut short."""
+        for number in self.NUMBERS:
+            signal.signal(number, signal.SIG_IGN)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Commands are short, and one that is killed leaves more to clear up than one that ends."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self._seen is not None:
+            self._end(self._seen)
+
+
+interrupts = Interrupts()
+
+
 # --- what is shown ---
 
 
@@ -57,16 +99,17 @@ def run(command: list[str], short: str, mount: Path) -> None:
     """Run a command; show it as a person would type it, what it says, and how long it took."""
     show(f"$ {short}")
     begin = time.monotonic()
-    # Ctrl-C is ours to handle, in order; hence a process group of its own.
-    done = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-        start_new_session=True,
-    )
+    with interrupts.held():
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+            start_new_session=True,  # out of reach of the terminal's Ctrl-C
+            env={**os.environ, "COLUMNS": "140"},  # long paths, shortened here, need not be broken
+        )
     seconds = time.monotonic() - begin
     for line in done.stdout.splitlines():
         show(f"  {line.replace(str(mount), 'MNT')}")
@@ -165,7 +208,8 @@ class Demo:
         for guest in self.guests:
             guest.end()
         if self.mounted:
-            done = subprocess.run([RAMFS, "umount", self.mount], capture_output=True, check=False)
+            command: list[object] = [RAMFS, "umount", self.mount]
+            done = subprocess.run(command, capture_output=True, check=False)
             if done.returncode:
                 lazy = ["umount", "-l"] if os.geteuid() == 0 else ["fusermount3", "-uz"]
                 subprocess.run([*lazy, str(self.mount)], capture_output=True, check=False)
@@ -174,8 +218,9 @@ class Demo:
         shutil.rmtree(self.sockets, ignore_errors=True)
 
     def start(self, name: str, *, incoming: bool) -> Vm:
-        guest = Vm(name, self.mount / name, self.sockets / name, self.images, incoming=incoming)
-        self.guests.append(guest)
+        with interrupts.held():  # until it is known to close()
+            guest = Vm(name, self.mount / name, self.sockets / name, self.images, incoming=incoming)
+            self.guests.append(guest)
         guest.wait(guest.socket.exists, "had no QMP socket")
         return guest
 
@@ -228,6 +273,8 @@ class Demo:
                 if not answer.startswith(f"verified ok seeds={seed},1,1,1,1,1,1,1 "):
                     raise DemoFailed(f"the {guest.name} finds its memory damaged")
         with steps.step("What it took"):
+            files = [str(path) for path in sorted(self.mount.glob("*/pc.ram*"))]
+            run(["sync", *files], "sync MNT/*/pc.ram*", self.mount)
             run([str(RAMFS), "du", str(self.mount)], "ramfs du MNT", self.mount)
             show(f"the store before cp -r: {before / MIB:8.1f} MiB")
             show(f"the store after cp -r:  {after / MIB:8.1f} MiB   ({(after - before) / 1024:.0f} KiB more)")
@@ -236,9 +283,7 @@ class Demo:
             show(f"{title:72} {seconds:6.2f} s")
 
         if not earliest + 1 <= first <= latest + 2:
-            raise DemoFailed(
-                f"the clone began at tick {first}, its parent was between {earliest} and {latest}"
-            )
+            raise DemoFailed(f"the clone began at tick {first}, its parent was between {earliest} and {latest}")
         for guest in (parent, clone):
             if guest.ticks != list(range(guest.ticks[0], guest.ticks[-1] + 1)):
                 raise DemoFailed(f"the {guest.name} missed a tick")
@@ -250,23 +295,16 @@ def row(ticks: list[int], shown: range) -> str:
     return " ".join(f"{tick:3}" if tick in ticks else "   " for tick in shown)
 
 
-def interrupted(number: int, _: object) -> NoReturn:
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(each, signal.SIG_IGN)  # the clearing up is not to be cut short
-    print("\ninterrupted; cleaning up", flush=True)
-    raise SystemExit(128 + number)
-
-
 def main() -> int:
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(each, interrupted)
     demo = Demo(sys.argv[1:])
+    interrupts.watch()
     try:
         demo.run()
     except (DemoFailed, qmp.QmpError, OSError) as error:
         print(f"\ndemo: {error}", file=sys.stderr)
         return 1
     finally:
+        interrupts.ignore()
         demo.close()
     return 0
 
