@@ -1,5 +1,6 @@
 """The command line: one file a command, each parses, calls and prints."""
 
+import errno
 import importlib
 import os
 import sys
@@ -9,7 +10,7 @@ from typing import Any, Final
 import click
 
 import ramfs
-from ramfs.errors import EXIT_CODES, RamfsError
+from ramfs.errors import EXIT_CODES, MountError, RamfsError
 
 #: Commands and the modules they are in, imported when asked for: numpy and libfuse are not needed to unmount.
 _COMMANDS: Final = ("mount", "umount", "snapshot", "clone", "status", "du", "fsck")
@@ -50,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         exc.show()
         return 2
     except click.ClickException as exc:
-        click.echo(f"ramfs: {exc.format_message()}; see `ramfs --help`", err=True)
+        command = f"ramfs {words[0]}" if words and words[0] in _COMMANDS else "ramfs"
+        message = exc.format_message().rstrip(".")
+        click.echo(f"ramfs: {message}; see `{command} --help`", err=True)
         return exc.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("ramfs: interrupted", err=True)
@@ -63,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except OSError as exc:
         name = f"{os.fsdecode(exc.filename)}: " if exc.filename is not None else ""
+        if exc.errno == errno.ENOTCONN:
+            click.echo(f"ramfs: {name}the daemon of this mount has died: `ramfs umount` and mount it again", err=True)
+            return MountError.exit_code
         click.echo(f"ramfs: {name}{exc.strerror or exc}", err=True)
         return 1
     return result if isinstance(result, int) else 0

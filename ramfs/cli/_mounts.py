@@ -104,7 +104,7 @@ def locate(path: str) -> tuple[MountEntry, str]:
 
 
 def users(mountpoint: str) -> list[str]:
-    """The processes that use a mount, as far as /proc tells, such as ``qemu-system-x86 (1234)``."""
+    """What uses a mount, as far as /proc tells: ``qemu-system-x86 (1234)``, or a mount below it."""
     inside = mountpoint.rstrip("/") + "/"
 
     def uses(process: str) -> bool:
@@ -118,12 +118,14 @@ def users(mountpoint: str) -> list[str]:
         with open(f"{process}/maps", errors="surrogateescape") as maps:
             return any(f" {inside}" in line for line in maps)
 
-    found = []
+    found = [f"the mount at {entry.mountpoint}" for entry in mounts() if entry.mountpoint.startswith(inside)]
     for pid in filter(str.isdecimal, os.listdir("/proc")):
+        if int(pid) == os.getpid():
+            continue
         try:
             if uses(f"/proc/{pid}"):
                 with open(f"/proc/{pid}/comm", errors="replace") as comm:
                     found.append(f"{comm.read().strip()} ({pid})")
         except OSError:  # another user's, or gone
             continue
-    return sorted(found)
+    return found

@@ -48,8 +48,9 @@ def collect(path: str) -> dict[str, dict[str, int]]:
         for name in files(path):
             try:
                 found[name] = page_counts(name)
-            except FileNotFoundError:
-                continue
+            except OSError as exc:
+                if exc.errno not in (errno.ENOENT, errno.ENODATA):  # removed meanwhile; a file of .ramfs
+                    raise
         return found
     try:
         return {path: page_counts(os.path.realpath(path))}

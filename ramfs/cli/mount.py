@@ -4,6 +4,7 @@ import errno
 import logging
 import logging.handlers
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -116,7 +117,7 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     words = " ".join(done.stderr.split()).rstrip(".") or f"{command[0]} exited with {done.returncode}"
     if "busy" in words:
         found = users(mountpoint)
-        who = f"used by {', '.join(found)}" if found else "used by a process that /proc does not show you"
+        who = f"used by {', '.join(found)}" if found else "but /proc does not show by whom"
         raise MountError(f"{mountpoint} is busy, {who}: end that first, or detach it with --lazy")
     raise MountError(words)
 
@@ -228,6 +229,8 @@ def _log_to(store: str, *, background: bool, debug: bool) -> None:
 def _syslog() -> logging.Handler | None:
     """A handler for what listens at /dev/log, None where nothing does."""
     try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+            probe.connect(SYSLOG)  # the handler says nothing when it cannot, and loses what it gets
         handler = logging.handlers.SysLogHandler(SYSLOG, logging.handlers.SysLogHandler.LOG_DAEMON)
     except OSError:
         return None

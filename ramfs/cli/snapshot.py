@@ -187,9 +187,7 @@ class Snapshot:
                 except qmp.QmpGone:
                     pass  # No guest is left to continue, and the first error is the one to tell.
                 except QmpError as refusal:
-                    raise QmpError(
-                        f"{str(error) or 'interrupted'}; the guest stays stopped: {refusal}"
-                    ) from error
+                    raise QmpError(f"{str(error) or 'interrupted'}; the guest stays stopped: {refusal}") from error
             raise
         self.signals.undoing()
         if was_running:
@@ -236,9 +234,7 @@ class Snapshot:
             try:
                 os.rename(temporary, state)
             except OSError as error:
-                raise FileError(
-                    error.errno or errno.EIO, f"cannot replace {state}: {error.strerror}"
-                ) from error
+                raise FileError(error.errno or errno.EIO, f"cannot replace {state}: {error.strerror}") from error
             try:
                 self._freeze()
             except BaseException:
@@ -273,9 +269,7 @@ class Snapshot:
         except FileExistsError as error:
             raise self._exists() from error
         except OSError as error:
-            raise FileError(
-                error.errno or errno.EIO, f"cannot make {self.target}: {error.strerror}"
-            ) from error
+            raise FileError(error.errno or errno.EIO, f"cannot make {self.target}: {error.strerror}") from error
 
     def _exists(self) -> FileError:
         return FileError(
@@ -319,9 +313,7 @@ class Snapshot:
                 inodes[str(os.stat(path).st_ino)] = os.path.relpath(path, self.directory)
         ours = [(line[1], inodes[line[4]]) for line in maps if line[3] == name and line[4] in inodes]
         if not ours:
-            self._note(
-                f"QEMU (process {pid}) maps no file of {self.directory}: all of its RAM goes into the state"
-            )
+            self._note(f"QEMU (process {pid}) maps no file of {self.directory}: all of its RAM goes into the state")
         for path in sorted({path for mode, path in ours if "w" in mode and mode.endswith("p")}):
             self._note(
                 f"the guest maps {path} privately, so its RAM goes into the state and not into the file; "
