@@ -7,6 +7,7 @@ A write puts the data into the live layer first and the table entry after it. A 
 the old entry or the new one, never an entry without its page.
 """
 
+import contextlib
 import errno
 from collections.abc import Iterable
 from typing import Final
@@ -15,17 +16,19 @@ import numpy as np
 import trio
 
 from ramfs.errors import FileError
-from ramfs.image.pages import Buffer, nonzero_pages, span
+from ramfs.image.pages import Buffer, is_zero, nonzero_pages, span
 from ramfs.image.table import Entries, Mask, equal_runs, runs_of
 from ramfs.store.garbage import Pass
 from ramfs.store.images import Image
-from ramfs.store.layers import Layer
+from ramfs.store.layers import Addresses, Layer
 from ramfs.store.store import Store
 from ramfs.units import MAX_FILE_SIZE, PAGE, PAGE_SHIFT, ZERO, LayerId, pages
 
 #: The most that one request copies byte by byte (copy_file_range may answer with less than was asked).
 COPY_AT_ONCE: Final = 8 << 20
-_ZEROS: Final = memoryview(bytes(1 << 20))
+
+#: Table entries of the pages that a range touches, the range's first and last byte, and where layers are mapped.
+Plan = tuple[Entries, int, int, Addresses, Addresses]
 
 
 class Pager:
@@ -39,34 +42,17 @@ class Pager:
 
     # -- reading
 
-    def read(self, image: Image, offset: int, length: int) -> list[memoryview]:
-        """The bytes ``[offset, offset + length)``, cut at the end of the file, as pieces of mapped memory.
+    def plan(self, image: Image, offset: int, length: int) -> Plan | None:
+        """Where the bytes ``[offset, offset + length)`` are, cut at the end of the file; None beyond it.
 
-        The pieces are for the kernel's eyes (writev) or to be copied at once; they must not be kept.
+        The extension follows the entries to the mapped layers and hands the memory to the kernel: no page
+        costs a step of Python. Not to be kept: the next write may change what it names.
         """
         end = min(offset + length, image.size)
         if end <= offset:
-            return []
-        first = offset >> PAGE_SHIFT
-        part = image.table.entries[first : pages(end)]
-        layer = int(part[0])
-        if len(part) == 1 or (part == layer).all():
-            return self._pieces(LayerId(layer), offset, end)
-        pieces: list[memoryview] = []
-        for a, b, number in equal_runs(part):
-            low = max(offset, (first + a) << PAGE_SHIFT)
-            pieces += self._pieces(number, low, min(end, (first + b) << PAGE_SHIFT))
-        return pieces
-
-    def _pieces(self, number: LayerId, start: int, end: int) -> list[memoryview]:
-        if number == ZERO:
-            if end - start <= len(_ZEROS):
-                return [_ZEROS[: end - start]]
-            whole, rest = divmod(end - start, len(_ZEROS))
-            return [_ZEROS] * whole + [_ZEROS[:rest]]
-        layer = self.layers[number]
-        move = layer.shift << PAGE_SHIFT
-        return [self.layers.file(layer).view(end + move)[start + move : end + move]]
+            return None
+        layers = self.layers
+        return image.table.entries[offset >> PAGE_SHIFT : pages(end)], offset, end, layers.bases, layers.limits
 
     def copy_out(self, image: Image, offset: int, length: int) -> bytes:
         """A copy of the bytes, by pread(2): an unreadable page is OSError here, not a signal."""
@@ -94,6 +80,8 @@ class Pager:
             return 0
         self._check_writable(image, offset + length)
         image.table.resize(pages(offset + length))
+        if offset > image.size:
+            self._clear_tail(image)
         view = memoryview(data)
         head, first, stop, tail = span(offset, length)
         if head[0] < head[1]:
@@ -186,6 +174,8 @@ class Pager:
             image.store_entries(first, stop)
         except OSError:
             part[:] = before  # a full disk: the pages that were just written stay unnamed
+            with contextlib.suppress(OSError):
+                image.store_entries(first, stop)  # what there was room for is taken back
             raise
 
     def _note_replaced(self, image: Image, old: Entries) -> None:
@@ -209,10 +199,22 @@ class Pager:
         self._check_writable(image, size)
         if size < image.size:
             self._cut(image, size)
-        else:
+        elif size > image.size:
             image.table.resize(pages(size))
+            self._clear_tail(image)
         image.size = size
         image.touch()
+
+    def _clear_tail(self, image: Image) -> None:
+        """Before a file grows beyond its last page: show nothing of what lies there behind its end.
+
+        Only a write that a crash cut short leaves something there: its bytes, without the new size.
+        """
+        page, within = divmod(image.size, PAGE)
+        if within:
+            entry = LayerId(int(image.table.entries[page]))
+            if entry != ZERO and not is_zero(self._page(page, entry)[within:]):
+                self._write_within(image, image.size, bytes(PAGE - within))
 
     def _cut(self, image: Image, size: int) -> None:
         within = size & (PAGE - 1)
@@ -242,6 +244,8 @@ class Pager:
         if (target_offset - source_offset) % PAGE:
             return self._copy(source, source_offset, target, target_offset, min(length, COPY_AT_ONCE))
         end = target_offset + length
+        if target_offset > target.size:
+            self._clear_tail(target)
         head, first, stop, tail = span(target_offset, length)
         if tail[0] < tail[1] and end >= target.size and source_offset + length == source.size:
             stop, tail = stop + 1, (end, end)  # the last page of both: beyond their ends it is zeros
@@ -263,25 +267,16 @@ class Pager:
 
     def _share_pages(self, source: Image, target: Image, first: int, stop: int, shift: int) -> None:
         """Let target pages ``[first, stop)`` name what the source has ``shift`` pages further on."""
-        parts: list[tuple[int, Entries]] = []
-        named: set[LayerId] = set()
-        for low, high in source.table.regions(first=first + shift, stop=stop + shift):
-            entries = source.table.entries[low:high].copy()
-            found = {LayerId(n) for n in np.unique(entries).tolist()} - {ZERO}
-            if found:
-                parts.append((low - shift, entries))
-                named |= found
+        regions = list(source.table.regions(first=first + shift, stop=stop + shift))
+        parts = [(low - shift, source.table.entries[low:high].copy()) for low, high in regions]
+        live = source.live
         with self.store.catalog.transaction():
-            if source.live is not None and source.live.id in named:
+            if live is not None and any((entries == live.id).any() for _, entries in parts):
                 self.images.seal(source)
-            if shift and named:
-                known = np.array(sorted(named), np.uint32)
-                aliases = np.array([self.layers.alias(self.layers[n], shift).id for n in known.tolist()], np.uint32)
-                for _, entries in parts:
-                    stored = entries != ZERO
-                    entries[stored] = aliases[np.searchsorted(known, entries[stored])]
-                named = {LayerId(n) for n in aliases.tolist()}
-            self.images.name_layers(target, named)
+            # All layers of the source: looking which of them the range really names would cost more than it saves.
+            named = source.layers if shift == 0 else self._shift(parts, shift)
+            if parts:
+                self.images.name_layers(target, named)
         target.table.resize(stop)
         # The target's own live pages that lose their name are found by the next garbage pass, not punched
         # here: until the next sync its durable table names them.
@@ -294,6 +289,18 @@ class Pager:
             if len(entries):
                 self._name(target, low, low + len(entries), entries)
             done = low + len(entries)
+
+    def _shift(self, parts: list[tuple[int, Entries]], shift: int) -> set[LayerId]:
+        """Let entries name aliases, for pages that are to be found at other places than where they lie."""
+        named: set[LayerId] = set()
+        for _, entries in parts:
+            known = np.unique(entries)
+            known = known[known != ZERO]
+            aliases = np.array([self.layers.alias(self.layers[n], shift).id for n in known.tolist()], np.uint32)
+            stored = entries != ZERO
+            entries[stored] = aliases[np.searchsorted(known, entries[stored])]
+            named.update(LayerId(n) for n in aliases.tolist())
+        return named
 
     def freeze(self, image: Image) -> Image:
         """A frozen image of the same contents. Call in a transaction."""

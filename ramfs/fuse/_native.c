@@ -26,8 +26,9 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { ON_READ, ON_WRITE, ON_COPY, HANDLERS };
-static const char *const handler_names[HANDLERS] = {"read", "write", "copy_file_range"};
+enum { PAGE = 4096 };
+enum { ON_READ, ON_MAP, ON_WRITE, ON_COPY, HANDLERS };
+static const char *const handler_names[HANDLERS] = {"read", "map_layer", "write", "copy_file_range"};
 static PyObject *handlers[HANDLERS];
 
 static unsigned max_background = 64, max_readahead = 1 << 20, max_write = 1 << 20;
@@ -47,7 +48,7 @@ static void (*real_process_buf)(struct fuse_session *, const struct fuse_buf *);
 /* The error number of an answer that is not what it should be; the handler's own errors come as -errno. */
 static int broken(int which, PyObject *answer)
 {
-    if (answer != NULL)
+    if (answer != NULL && !PyErr_Occurred())
         PyErr_Format(PyExc_TypeError, "handler %s returned %R", handler_names[which], answer);
     PyErr_WriteUnraisable(handlers[which]);
     return EIO;
@@ -62,48 +63,90 @@ static int error_of(PyObject *answer)
     return value < 0 && value > -4096 ? (int)-value : 0;
 }
 
+/* What a READ handler returns for a file: where its pages are. */
+struct plan {
+    Py_buffer entries; /* uint32 for each page of the range: its layer, 0 for zeros */
+    Py_buffer bases;   /* uint64 for each layer: the address at which page 0 would lie, 0 if not mapped */
+    Py_buffer limits;  /* uint64 for each layer: pages from 0 on that the mapping reaches */
+    long long offset, end;
+};
+
+enum { MOST_PAGES = (1 << 20) / PAGE + 2 };
+static const char zeros[1 << 20];
+
+/* The address of a page, after asking for its layer to be mapped if need be; NULL with *error set. */
+static const char *address_of(const struct plan *plan, uint32_t layer, uint64_t page, int *error)
+{
+    const uint64_t *bases = plan->bases.buf, *limits = plan->limits.buf;
+    if (layer < plan->bases.len / sizeof *bases && bases[layer] && page < limits[layer])
+        return (const char *)(uintptr_t)(bases[layer] + page * PAGE);
+    PyObject *answer = PyObject_CallFunction(handlers[ON_MAP], "IK", layer, (unsigned long long)page);
+    unsigned long long address = answer != NULL && PyLong_Check(answer) ? PyLong_AsUnsignedLongLong(answer) : 0;
+    *error = error_of(answer);
+    if (*error == 0 && address == 0)
+        *error = broken(ON_MAP, answer);
+    PyErr_Clear();
+    Py_XDECREF(answer);
+    return *error ? NULL : (const char *)(uintptr_t)address;
+}
+
+/* The pieces of memory that hold the range of a plan; returns their number, or -errno. */
+static int gather(const struct plan *plan, struct iovec *iov)
+{
+    const uint32_t *entries = plan->entries.buf;
+    uint64_t first = (uint64_t)plan->offset / PAGE, pages = plan->entries.len / sizeof *entries;
+    int count = 0, error = 0;
+    if (pages == 0 || pages > MOST_PAGES)
+        return -EINVAL;
+    for (uint64_t i = 0; i < pages;) {
+        uint64_t run = 1;
+        while (i + run < pages && entries[i + run] == entries[i])
+            run++;
+        long long low = (long long)((first + i) * PAGE), high = (long long)((first + i + run) * PAGE);
+        long long start = low < plan->offset ? plan->offset : low, stop = high > plan->end ? plan->end : high;
+        const char *at = zeros;
+        if (stop - start > (long long)sizeof zeros)
+            return -EINVAL;
+        if (entries[i]) {
+            /* the last page first: when it is mapped, so are those before it */
+            at = address_of(plan, entries[i], first + i + run - 1, &error);
+            if (at == NULL)
+                return -error;
+            at += start - (high - PAGE);
+        }
+        iov[count].iov_base = (void *)at;
+        iov[count++].iov_len = (size_t)(stop - start);
+        i += run;
+    }
+    return count;
+}
+
 static void on_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset, struct fuse_file_info *fi)
 {
     PyObject *answer = PyObject_CallFunction(handlers[ON_READ], "KLn", (unsigned long long)fi->fh, (long long)offset,
                                              (Py_ssize_t)size);
     int error = error_of(answer);
-    (void)ino;
-    if (error == 0 && (answer == NULL || !PyList_Check(answer)))
-        error = broken(ON_READ, answer);
-    if (error) {
-        fuse_reply_err(req, error);
-        Py_XDECREF(answer);
-        return;
-    }
-    Py_ssize_t count = PyList_GET_SIZE(answer), held = 0;
-    Py_buffer few[8], *views = few;
-    struct iovec few_iov[8], *iov = few_iov;
-    if (count > 8) {
-        views = PyMem_Malloc(count * sizeof *views);
-        iov = PyMem_Malloc(count * sizeof *iov);
-    }
-    if (views == NULL || iov == NULL)
-        error = ENOMEM;
-    for (; !error && held < count; held++) {
-        if (PyObject_GetBuffer(PyList_GET_ITEM(answer, held), &views[held], PyBUF_SIMPLE)) {
-            error = broken(ON_READ, NULL);
-            break;
-        }
-        iov[held].iov_base = views[held].buf;
-        iov[held].iov_len = views[held].len;
-    }
-    /* A page that the disk cannot read makes writev fail with EFAULT, and the kernel ends the request with EIO. */
+    struct iovec iov[MOST_PAGES];
+    struct plan plan;
     if (error)
         fuse_reply_err(req, error);
-    else
-        fuse_reply_iov(req, iov, (int)count);
-    while (held > 0)
-        PyBuffer_Release(&views[--held]);
-    if (views != few) {
-        PyMem_Free(views);
-        PyMem_Free(iov);
+    else if (answer != NULL && PyBytes_Check(answer))
+        fuse_reply_buf(req, PyBytes_AS_STRING(answer), (size_t)PyBytes_GET_SIZE(answer));
+    else if (answer == NULL || !PyTuple_Check(answer) ||
+             !PyArg_ParseTuple(answer, "y*LLy*y*", &plan.entries, &plan.offset, &plan.end, &plan.bases, &plan.limits))
+        fuse_reply_err(req, broken(ON_READ, answer));
+    else {
+        int count = gather(&plan, iov);
+        /* A page that the disk cannot read makes writev fail with EFAULT, and the kernel ends the request with EIO. */
+        if (count < 0)
+            fuse_reply_err(req, -count);
+        else
+            fuse_reply_iov(req, iov, count);
+        PyBuffer_Release(&plan.entries);
+        PyBuffer_Release(&plan.bases);
+        PyBuffer_Release(&plan.limits);
     }
-    Py_DECREF(answer);
+    Py_XDECREF(answer);
 }
 
 /* Answer a request whose handler returns a number of bytes or -errno. */
@@ -249,12 +292,12 @@ __attribute__((visibility("default"))) int fuse_session_receive_buf(struct fuse_
 
 static PyObject *py_install(PyObject *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"read", "write", "copy_file_range", "max_background", "max_readahead", "max_write",
+    static char *names[] = {"read", "map_layer", "write", "copy_file_range", "max_background", "max_readahead", "max_write",
                             "spin_ns", NULL};
     PyObject *given[HANDLERS] = {NULL};
     (void)self;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$OOOIIIl", names, &given[ON_READ], &given[ON_WRITE],
-                                     &given[ON_COPY], &max_background, &max_readahead, &max_write, &spin_ns))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$OOOOIIIl", names, &given[ON_READ], &given[ON_MAP],
+                                     &given[ON_WRITE], &given[ON_COPY], &max_background, &max_readahead, &max_write, &spin_ns))
         return NULL;
     for (int i = 0; i < HANDLERS; i++) {
         Py_INCREF(given[i]);

@@ -1,8 +1,16 @@
 from collections.abc import Callable
 
+import numpy as np
+from numpy.typing import NDArray
+
+from ramfs.image.table import Entries
+
+Addresses = NDArray[np.uint64]
+
 def install(
     *,
-    read: Callable[[int, int, int], list[memoryview] | int],
+    read: Callable[[int, int, int], tuple[Entries, int, int, Addresses, Addresses] | bytes | int],
+    map_layer: Callable[[int, int], int],
     write: Callable[[int, int, memoryview, int], int],
     copy_file_range: Callable[[int, int, int, int, int, int], int],
     max_background: int,

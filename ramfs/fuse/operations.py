@@ -22,10 +22,10 @@ from ramfs.fuse.flush import Flusher
 from ramfs.fuse.handles import FileHandle, VirtualHandle
 from ramfs.inspect.counters import Counters
 from ramfs.inspect.report import Observer
-from ramfs.namespace import CONTROL_XATTR, ROOT, Caller, Inode, Namespace, Opener
-from ramfs.pager import Pager
+from ramfs.namespace import CONTROL_XATTR, Caller, Inode, Namespace, Opener
+from ramfs.pager import Pager, Plan
 from ramfs.store.images import Image
-from ramfs.units import MAX_NAME, PAGE, HandleId, InodeNumber
+from ramfs.units import MAX_NAME, PAGE, ROOT, HandleId, InodeNumber, LayerId
 
 log = logging.getLogger(__name__)
 
@@ -62,18 +62,25 @@ class Operations(pyfuse3.Operations):
 
     # -- answered at once, called by the extension
 
-    def read_now(self, handle: int, offset: int, size: int) -> list[memoryview] | int:
-        """READ: pieces of mapped memory, or -errno."""
+    def read_now(self, handle: int, offset: int, size: int) -> Plan | bytes | int:
+        """READ: where the pages are, or bytes, or -errno."""
         try:
             image = self._images.get(handle)
             if image is None:
-                return [memoryview(self._virtual(handle).data)[offset : offset + size]]
+                return self._virtual(handle).data[offset : offset + size]
             counters = self.counters
             counters.reads += 1
             counters.read_bytes += size
-            return self.pager.read(image, offset, size)
+            return self.pager.plan(image, offset, size) or b""
         except Exception as exc:
             return self._failed(exc, "read", handle, offset, size)
+
+    def map_now(self, layer: int, page: int) -> int:
+        """Of a READ, when it meets a layer that is not mapped: the address of a page of it, or -errno."""
+        try:
+            return self.pager.layers.map(LayerId(layer), page)
+        except Exception as exc:
+            return self._failed(exc, "read", layer, page)
 
     def write_now(self, handle: int, offset: int, data: memoryview, drop_suid: int) -> int:
         """WRITE: the number of bytes taken, or -errno."""

@@ -46,6 +46,7 @@ class Session:
         """Mount. Raises MountError."""
         native.install(
             read=operations.read_now,
+            map_layer=operations.map_now,
             write=operations.write_now,
             copy_file_range=operations.copy_now,
             max_background=MAX_BACKGROUND,

@@ -15,15 +15,19 @@ import os
 from collections import OrderedDict
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ramfs.errors import StoreDamaged
 from ramfs.image.digest import DIGEST, digest_pages
 from ramfs.image.pages import Buffer
 from ramfs.store.catalog import Catalog
-from ramfs.store.files import data_extents, punch_hole, read_exactly, write_all
-from ramfs.units import MAX_FILE_SIZE, PAGE, PAGE_SHIFT, LayerId
+from ramfs.store.files import data_extents, punch_hole, read_exactly, sync_directory, write_all
+from ramfs.units import LOST, MAX_FILE_SIZE, PAGE, PAGE_SHIFT, LayerId
 
 #: Layer files kept open and mapped at most; the least recently used are closed beyond it.
-OPEN_LAYERS: Final = 512
+OPEN_LAYERS: Final = 2048
+Addresses = NDArray[np.uint64]
 _DIGEST_BATCH: Final = 128  # pages hashed before other threads get their turn: about 60 us
 
 
@@ -34,7 +38,7 @@ class LayerFile:
     mapping is only ever handed to the kernel (writev), for which an unreadable page is EFAULT.
     """
 
-    __slots__ = ("_view", "fd", "path", "size", "synced_name", "writable")
+    __slots__ = ("_view", "fd", "mapped_as", "path", "size", "writable")
 
     def __init__(self, path: str, *, writable: bool, create: bool = False) -> None:
         flags = os.O_RDWR if writable else os.O_RDONLY
@@ -47,10 +51,11 @@ class LayerFile:
         except FileNotFoundError as exc:
             raise StoreDamaged(f"layer file {path} is missing; run `ramfs fsck` on the store") from exc
         self.size = os.fstat(self.fd).st_size
-        self.synced_name = not create
         self._view: memoryview | None = None
+        self.mapped_as: set[LayerId] = set()
+        """layers whose base address (Layers.bases) points into the mapping"""
 
-    def view(self, end: int) -> memoryview:
+    def map(self, end: int) -> memoryview:
         """The file's bytes as memory, at least up to byte ``end``.
 
         Raises StoreDamaged when the file ends before: a table names pages that are not there, and zeros
@@ -124,8 +129,14 @@ class Layers:
         self.directory = directory
         self.catalog = catalog
         self.by_id: dict[LayerId, Layer] = {}
+        self.unsynced_names: set[LayerId] = set()
+        """layers whose files are new since the directory was last synced"""
         self._aliases: dict[tuple[LayerId, int], Layer] = {}
         self._files: OrderedDict[LayerId, LayerFile] = OrderedDict()
+        self.bases: Addresses = np.zeros(64, np.uint64)
+        """for each layer, the address of its page 0 in memory, 0 if it is not mapped"""
+        self.limits: Addresses = np.zeros(64, np.uint64)
+        """for each layer, the number of pages from 0 on that its mapping reaches"""
         for row in catalog.execute("SELECT * FROM layers"):
             self._add(Layer(row["id"], bool(row["sealed"]), bool(row["digested"]), row["base"], row["shift"]))
 
@@ -139,6 +150,8 @@ class Layers:
         try:
             return self.by_id[layer]
         except KeyError:
+            if layer == LOST:
+                raise StoreDamaged("the page was lost; `ramfs fsck` marked it so") from None
             raise StoreDamaged(f"a page table names layer {layer}, which does not exist; run `ramfs fsck`") from None
 
     def path(self, layer: LayerId, suffix: str = "ram") -> str:
@@ -150,6 +163,7 @@ class Layers:
         number = LayerId(self.catalog.insert("INSERT INTO layers DEFAULT VALUES"))
         file = LayerFile(self.path(number), writable=True, create=True)
         self._files[number] = file
+        self.unsynced_names.add(number)
         layer = self._add(Layer(number, False, False, None, 0))
         self.catalog.on_rollback(lambda: self.remove_files(number))
         self.catalog.on_rollback(lambda: self._drop(layer))
@@ -190,9 +204,34 @@ class Layers:
             self._files.move_to_end(layer.base)
         return file
 
+    def map(self, number: LayerId, page: int) -> int:
+        """Map a layer, at least up to ``page``; returns the address of that page. Raises StoreDamaged, OSError."""
+        layer = self[number]
+        file = self.file(layer)
+        view = file.map((page + layer.shift + 1) << PAGE_SHIFT)
+        self._unmap(file)  # the mapping may have moved
+        file.mapped_as.add(number)
+        if number >= len(self.bases):
+            self.bases = np.concatenate([self.bases, np.zeros(number, np.uint64)])
+            self.limits = np.concatenate([self.limits, np.zeros(number, np.uint64)])
+        address = np.frombuffer(view, np.uint8).ctypes.data + (layer.shift << PAGE_SHIFT)
+        self.bases[number] = address
+        self.limits[number] = (len(view) >> PAGE_SHIFT) - layer.shift
+        return address + (page << PAGE_SHIFT)
+
+    def _unmap(self, file: LayerFile) -> None:
+        for number in file.mapped_as:
+            self.bases[number] = 0
+        file.mapped_as.clear()
+
     def _trim(self) -> None:
         while len(self._files) > OPEN_LAYERS:
-            _, file = self._files.popitem(last=False)
+            self._close(next(iter(self._files)))
+
+    def _close(self, number: LayerId) -> None:
+        file = self._files.pop(number, None)
+        if file is not None:
+            self._unmap(file)
             file.close()
 
     def forget(self, layer: Layer) -> None:
@@ -208,9 +247,8 @@ class Layers:
 
     def remove_files(self, layer: LayerId) -> None:
         """Remove the files of a layer whose row is gone."""
-        file = self._files.pop(layer, None)
-        if file is not None:
-            file.close()
+        self.unsynced_names.discard(layer)
+        self._close(layer)
         for suffix in ("ram", "xxh3"):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path(layer, suffix))
@@ -232,11 +270,11 @@ class Layers:
             finally:
                 os.close(target)
             os.rename(temporary, self.path(layer, "xxh3"))
+            sync_directory(self.directory)  # before the catalog says that they are there
         finally:
             os.close(source)
 
     def close(self) -> None:
         """Close all files."""
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        for number in list(self._files):
+            self._close(number)
