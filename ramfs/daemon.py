@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import socket
+import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -130,8 +131,8 @@ class Daemon:
                 if any(opener.writable for opener in inode.opens.values())
             ]
             await self.flusher.flush(paths)
-        except (OSError, RamfsError) as exc:
-            log.error("not all mapped pages could be flushed: %s", exc)
+        except Exception as exc:  # noqa: BLE001  (the daemon must end all the same)
+            _tell("not all mapped pages could be flushed", exc)
         Session.stop()
 
     # -- background work
@@ -151,8 +152,8 @@ class Daemon:
                 if self.pager.has_garbage():
                     await self.pager.collect()
                     self.observer.counters.garbage_passes += 1
-            except (OSError, RamfsError) as exc:
-                log.error("housekeeping of the store failed, will try again: %s", exc)
+            except Exception as exc:  # noqa: BLE001  (guests live on the daemon: nothing in the background ends it)
+                _tell("housekeeping of the store failed, will try again", exc)
                 await trio.sleep(CHECKPOINT)
 
     async def _checkpoint(self) -> None:
@@ -161,8 +162,14 @@ class Daemon:
             await trio.sleep(CHECKPOINT)
             try:
                 await self.pager.sync()
-            except (OSError, RamfsError) as exc:
-                log.error("the store could not be synced, will try again: %s", exc)
+            except Exception as exc:  # noqa: BLE001  (as above)
+                _tell("the store could not be synced, will try again", exc)
+
+
+def _tell(what: str, exc: Exception) -> None:
+    """Log a failure: in one line when its kind was foreseen, else with the traceback."""
+    foreseen = isinstance(exc, OSError | RamfsError | sqlite3.Error)
+    log.error("%s: %s", what, exc, exc_info=None if foreseen else exc)
 
 
 def _raise_file_limit() -> None:

@@ -199,7 +199,7 @@ class Operations(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:  # fmt: skip
         """SETATTR."""
         if virtual.is_virtual(inode):
-            if fields.update_size:  # open(O_TRUNC) of .ramfs/control
+            if fields.update_size and inode == virtual.CONTROL:  # open(O_TRUNC)
                 return self._virtual_entry(InodeNumber(inode))
             raise FileError(errno.EPERM)
         values: dict[str, int] = {}
@@ -351,6 +351,8 @@ class Operations(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         """OPEN."""
         if virtual.is_virtual(inode):
+            if flags & _WRITES and inode != virtual.CONTROL:
+                raise FileError(errno.EACCES)  # which the mode alone does not tell root
             return self._open_virtual(InodeNumber(inode), ctx)
         return self._open(self.namespace.get(InodeNumber(inode)), flags, ctx.pid)
 
