@@ -20,11 +20,8 @@ from ramfs.errors import BadName, FileError, NameTooLong
 from ramfs.pager import Pager
 from ramfs.ramblock import block_file_name, find_block_file, temporary_name
 from ramfs.store.images import Image
-from ramfs.units import MAX_NAME, HandleId, ImageId, InodeNumber
+from ramfs.units import MAX_NAME, ROOT, SNAP_BIT, HandleId, ImageId, InodeNumber
 
-ROOT: Final = InodeNumber(1)
-#: Set in the inode number of a directory's ``.snap``.
-SNAP_BIT: Final = 1 << 62
 SNAP: Final = b".snap"
 #: Names that FUSE or the contract keep for themselves, in every directory.
 RESERVED: Final = frozenset((b".", b"..", SNAP))

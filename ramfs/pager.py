@@ -52,6 +52,7 @@ class Pager:
         if end <= offset:
             return None
         layers = self.layers
+        layers.retired.clear()
         return image.table.entries[offset >> PAGE_SHIFT : pages(end)], offset, end, layers.bases, layers.limits
 
     def copy_out(self, image: Image, offset: int, length: int) -> bytes:
@@ -277,11 +278,15 @@ class Pager:
             named = source.layers if shift == 0 else self._shift(parts, shift)
             if parts:
                 self.images.name_layers(target, named)
-        target.table.resize(stop)
+        if not target.is_loaded and first >= target.pages:
+            for low, entries in parts:
+                target.append_entries(low, entries)
+            return
         # The target's own live pages that lose their name are found by the next garbage pass, not punched
         # here: until the next sync its durable table names them.
         if target.live is not None:
             self.images.replaced.add(target.live.id)
+        target.table.resize(stop)
         done = first
         for low, entries in [*parts, (stop, np.zeros(0, np.uint32))]:
             for a, b in target.table.regions(first=done, stop=low):

@@ -19,6 +19,14 @@ MAX_FILE_SIZE: Final = (1 << 44) - PAGE
 #: The table entry of a page that holds only zeros and is stored nowhere.
 ZERO: Final = LayerId(0)
 
+#: What stands in a table for a page whose contents ``ramfs fsck`` found lost. No layer ever has this number,
+#: so whoever reads the page gets an error, and never zeros.
+LOST: Final = LayerId(0xFFFFFFFF)
+
+ROOT: Final = InodeNumber(1)
+#: Set in the inode number of a directory's ``.snap``.
+SNAP_BIT: Final = 1 << 62
+
 #: Bytes in the longest file name.
 MAX_NAME: Final = 255
 

@@ -11,10 +11,10 @@ import ramfs
 from ramfs.image.lineage import PageCounts, count_pages
 from ramfs.image.table import PageTable
 from ramfs.inspect.counters import Counters
-from ramfs.namespace import SNAP_BIT, Namespace
+from ramfs.namespace import Namespace
 from ramfs.store.images import Image, load_table
 from ramfs.store.store import Store
-from ramfs.units import ImageId
+from ramfs.units import SNAP_BIT, ImageId
 
 #: Of the JSON texts; grows with every change that a reader could stumble over.
 SCHEMA = 1

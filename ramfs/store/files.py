@@ -6,7 +6,11 @@ import os
 from collections.abc import Iterator
 from typing import Final
 
+import numpy as np
+
 from ramfs.image.pages import Buffer
+from ramfs.image.table import Mask
+from ramfs.units import PAGE, PAGE_SHIFT
 
 _KEEP_SIZE: Final = 0x01
 _PUNCH_HOLE: Final = 0x02
@@ -71,6 +75,14 @@ def data_extents(fd: int, start: int = 0) -> Iterator[tuple[int, int]]:
             raise
         start = os.lseek(fd, low, os.SEEK_HOLE)
         yield low, start
+
+
+def stored_pages(fd: int) -> Mask:
+    """Which pages of a layer file are there, wholly or in part."""
+    stored = np.zeros((os.fstat(fd).st_size + PAGE - 1) >> PAGE_SHIFT, np.bool_)
+    for start, stop in data_extents(fd):
+        stored[start >> PAGE_SHIFT : (stop + PAGE - 1) >> PAGE_SHIFT] = True
+    return stored
 
 
 def copy_range(source: int, source_offset: int, target: int, target_offset: int, length: int) -> None:

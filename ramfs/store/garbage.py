@@ -22,8 +22,8 @@ import numpy as np
 from ramfs.image.digest import DIGEST
 from ramfs.image.lineage import exclusive_layers
 from ramfs.image.table import Mask, runs_of
-from ramfs.store.files import copy_range, data_extents, punch_hole
-from ramfs.store.images import Image, load_table
+from ramfs.store.files import copy_range, punch_hole, stored_pages
+from ramfs.store.images import load_table
 from ramfs.store.layers import Layer
 from ramfs.store.store import Store
 from ramfs.units import PAGE, PAGE_SHIFT, ImageId, LayerId
@@ -54,6 +54,7 @@ class Pass:
         self.used: dict[LayerId, Mask] = {}
         self.named: set[LayerId] = set()
         self.garbage: dict[LayerId, list[tuple[int, int]]] = {}
+        self.sealed: set[LayerId] = set()
         self.doomed: set[LayerId] = set()
         self.merge: Merge | None = None
 
@@ -70,9 +71,8 @@ class Pass:
         for number, used in self.used.items():
             fd = os.open(self.store.layers.path(number), os.O_RDONLY | os.O_CLOEXEC)
             try:
-                stored = np.zeros(len(used), np.bool_)
-                for start, stop in data_extents(fd):
-                    stored[start >> PAGE_SHIFT : stop >> PAGE_SHIFT] = True
+                stored = stored_pages(fd)[: len(used)]
+                stored.resize(len(used), refcheck=False)
             finally:
                 os.close(fd)
             self.garbage[number] = list(runs_of(stored & ~used))
@@ -125,6 +125,8 @@ class Pass:
                 if not layer.is_alias:
                     self.doomed.add(layer.id)
                     self.garbage.pop(layer.id, None)
+            # One that is sealed from now on may meanwhile have taken pages where garbage was found.
+            self.sealed = {number for number in self.garbage if store.layers[number].sealed}
             images.forget_layers({layer.id for layer in doomed if layer.id not in store.layers.by_id}, self.users)
         self.merge = Merge.find(store, self.collapse_above)
 
@@ -136,8 +138,9 @@ class Pass:
         store.catalog.sync()
         for number in self.doomed_images:
             store.images.unlink_files(number)
-        for layer, runs in self.garbage.items():
-            if store.layers.by_id[layer].sealed and runs:
+        for layer in self.sealed:
+            runs = self.garbage[layer]
+            if runs:
                 fd = os.open(store.layers.path(layer), os.O_RDWR | os.O_CLOEXEC)
                 try:
                     for first, stop in runs:
@@ -154,21 +157,30 @@ class Pass:
         store = self.store
         for number in self.doomed:
             store.layers.remove_files(number)
-        for image in store.images.open_images():
-            if image.live is not None and self.garbage.get(image.live.id):
-                self._punch_live(image, image.live)
+        for layer in self.garbage.keys() - self.sealed:
+            if self.garbage[layer]:
+                self._punch_live(layer)
         if self.merge is not None:
             self.merge.swing(store.images.shared_meanwhile or set())
         store.images.shared_meanwhile = None
 
-    def _punch_live(self, image: Image, live: Layer) -> None:
-        file = self.store.layers.file(live)
-        for first, stop in self.garbage[live.id]:
-            unnamed = np.ones(stop - first, np.bool_)
-            now = image.table.entries[first:stop]
-            unnamed[: len(now)] = now != live.id
-            for a, b in runs_of(unnamed):
-                file.punch(first + a, first + b)
+    def _punch_live(self, live: LayerId) -> None:
+        images, layers = self.store.images, self.store.layers
+        row = self.store.catalog.row("SELECT id FROM images WHERE live = ?", live)
+        if row is None:
+            images.replaced.add(live)  # sealed since the pass began: the next one looks at it
+            return
+        image = images.acquire(row["id"])
+        try:
+            file = layers.file(layers[live])
+            for first, stop in self.garbage[live]:
+                unnamed = np.ones(stop - first, np.bool_)
+                now = image.table.entries[first:stop]
+                unnamed[: len(now)] = now != live
+                for a, b in runs_of(unnamed):
+                    file.punch(first + a, first + b)
+        finally:
+            images.release(image)
 
     def give_up(self) -> None:
         """After an exception in any step: nothing counts as looked at."""
@@ -245,6 +257,7 @@ class Merge:
         """Let the table name the target (loop), unless one of the layers got another user meanwhile."""
         images = self.store.images
         if not shared.isdisjoint([self.target, *self.sources]) or self.image in images.doomed:
+            images.replaced.add(self.target)  # which has got pages that no table names
             return
         if self.store.catalog.row("SELECT id FROM images WHERE id = ?", self.image) is None:
             return

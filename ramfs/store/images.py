@@ -22,11 +22,11 @@ import numpy as np
 import xxhash
 
 from ramfs.errors import StoreDamaged
-from ramfs.image.table import ENTRY, PageTable
+from ramfs.image.table import ENTRY, Entries, PageTable
 from ramfs.store.catalog import Catalog
 from ramfs.store.files import data_extents, read_exactly, sync_directory, write_all
 from ramfs.store.layers import Layer, Layers
-from ramfs.units import MAX_FILE_SIZE, PAGE, ImageId, LayerId, pages
+from ramfs.units import MAX_FILE_SIZE, PAGE, PAGE_SHIFT, ImageId, LayerId, pages
 
 MAGIC: Final = b"RAMFSMAP"
 VERSION: Final = 1
@@ -48,6 +48,11 @@ def pack_header(header: Header) -> bytes:
     """The header's bytes, ending with their xxh3_64."""
     fields = _FIELDS.pack(MAGIC, VERSION, 0, *header)
     return fields + _CHECK.pack(xxhash.xxh3_64_intdigest(fields))
+
+
+def table_length(size: int) -> int:
+    """The least length of the table file of ``size`` bytes: one that is shorter has lost entries."""
+    return HEADER + (pages(pages(size) * ENTRY) << PAGE_SHIFT)
 
 
 def unpack_header(data: bytes, path: str) -> Header:
@@ -94,7 +99,7 @@ class Image:
     """
 
     __slots__ = (
-        "_fd", "_table", "ctime", "frozen", "header_stale", "id", "layers", "live", "mtime", "path", "size",
+        "_ahead", "_fd", "_length", "_table", "ctime", "frozen", "header_stale", "id", "layers", "live", "mtime", "path", "size",
         "synced_name", "users",
     )  # fmt: skip
 
@@ -109,9 +114,12 @@ class Image:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             self.size, self.mtime, self.ctime = unpack_header(read_exactly(fd, HEADER, 0), path)
+            self._length = os.fstat(fd).st_size
         finally:
             os.close(fd)
         self._table: PageTable | None = None
+        self._ahead = False
+        """entries were written to the file while the table was not in memory"""
         self.users = 0
         self.header_stale = False
         self.synced_name = True
@@ -128,7 +136,20 @@ class Image:
         """The page table, read on first use. Has at least ``pages(size)`` entries."""
         if self._table is None:
             _, self._table = load_table(self.fd, self.path)
+            if self._ahead:
+                self._table.stale[:] = self._table.touched
+                self._ahead = False
         return self._table
+
+    @property
+    def is_loaded(self) -> bool:
+        """Is the table in memory?"""
+        return self._table is not None
+
+    def append_entries(self, first: int, entries: Entries) -> None:
+        """Write entries beyond the end of the file, without the table in memory: a fresh clone's costs nothing."""
+        self._write_entries(first, entries)
+        self._ahead = True
 
     @property
     def pages(self) -> int:
@@ -138,6 +159,10 @@ class Image:
     def write_header(self) -> None:
         """Store size and times."""
         self.header_stale = True
+        length = table_length(self.size)
+        if length > self._length:
+            os.ftruncate(self.fd, length)
+            self._length = length
         os.pwrite(self.fd, pack_header(Header(self.size, self.mtime, self.ctime)), 0)
 
     def touch(self, now: int | None = None) -> None:
@@ -147,7 +172,15 @@ class Image:
 
     def store_entries(self, first: int, stop: int) -> None:
         """Write entries ``[first, stop)`` to ``.map``, after the pages that they name."""
-        write_all(self.fd, self.table.entries[first:stop].astype("<u4").tobytes(), HEADER + first * ENTRY)
+        self._write_entries(first, self.table.entries[first:stop])
+
+    def _write_entries(self, first: int, entries: Entries) -> None:
+        try:
+            write_all(self.fd, entries.astype("<u4").tobytes(), HEADER + first * ENTRY)
+        except OSError:
+            # What was written beyond the end of the file must not be there when the file grows.
+            os.ftruncate(self.fd, self._length)
+            raise
 
     def close(self) -> None:
         """Close the table file and let go of the table."""
@@ -167,25 +200,41 @@ class SyncJob:
 
     catalog: Catalog
     layers: list[tuple[Layer, int]] = field(default_factory=list)
-    directories: set[str] = field(default_factory=set)
-    writes: list[tuple[str, list[tuple[int, bytes]]]] = field(default_factory=list)
+    layer_names: str | None = None
+    """the directory of the layers, when there are new ones"""
+    table_names: str | None = None
+    """the directory of the tables, when there are new ones"""
+    writes: list[tuple[str, int, list[tuple[int, bytes]]]] = field(default_factory=list)
+    """table files: path, least length, and what to write at which offsets"""
     undo: list[Callable[[], None]] = field(default_factory=list)
 
     def run(self) -> None:
-        """First the pages, then the tables, then names and catalog."""
+        """First the pages, then the catalog, then the tables, which name layers that must be there by then.
+
+        (Were a row of ``layers`` lost, its number would be given again, and the table name another's pages.)
+        """
         for _, fd in self.layers:
             os.fdatasync(fd)
-        for path, parts in self.writes:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        if self.layer_names is not None:
+            sync_directory(self.layer_names)
+        self.catalog.sync()
+        for path, length, parts in self.writes:
+            # The first durable copy appears complete or not at all: what is there counts after power loss.
+            fresh = not os.path.exists(path)
+            flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_TRUNC if fresh else 0)
+            fd = os.open(path + ".new" if fresh else path, flags, 0o600)
             try:
+                if os.fstat(fd).st_size < length:
+                    os.ftruncate(fd, length)
                 for offset, data in parts:
                     write_all(fd, data, offset)
                 os.fdatasync(fd)
             finally:
                 os.close(fd)
-        for directory in self.directories:
-            sync_directory(directory)
-        self.catalog.sync()
+            if fresh:
+                os.rename(path + ".new", path)
+        if self.table_names is not None:
+            sync_directory(self.table_names)
 
     def close(self) -> None:
         """Close what the job opened; always call it."""
@@ -306,6 +355,7 @@ class Images:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             os.pwrite(fd, pack_header(header), 0)
+            os.ftruncate(fd, table_length(header.size))
         finally:
             os.close(fd)
         image = Image(number, frozen, None, layers, path)
@@ -352,10 +402,13 @@ class Images:
 
     def delete(self, number: ImageId) -> None:
         """Forget an image. In a transaction; its files go with the next garbage pass."""
-        row = self.catalog.row("SELECT layers FROM images WHERE id = ?", number)
+        row = self.catalog.row("SELECT layers, live FROM images WHERE id = ?", number)
         if row is None:
             return
         self.catalog.execute("DELETE FROM images WHERE id = ?", number)
+        live = self.layers.by_id.get(row["live"])
+        if live is not None:
+            self.layers.seal(live)  # only sealed layers are garbage
         self.replaced |= unpack_layers(row["layers"])
         self.doomed.add(number)
         self.catalog.on_rollback(lambda: self.doomed.discard(number))
@@ -410,10 +463,10 @@ class Images:
             job.layers.append((layer, os.dup(file.fd)))
             self.unsynced.discard(number)
             job.undo.append(lambda number=number: self.unsynced.add(number))  # type: ignore[misc]
-            if not file.synced_name:
-                job.directories.add(self.layers.directory)
-                file.synced_name = True
-                job.undo.append(lambda file=file: setattr(file, "synced_name", False))  # type: ignore[misc]
+            if number in self.layers.unsynced_names:
+                job.layer_names = self.layers.directory
+                self.layers.unsynced_names.discard(number)
+                job.undo.append(lambda number=number: self.layers.unsynced_names.add(number))  # type: ignore[misc]
         return job
 
     def _collect(self, job: SyncJob, image: Image) -> None:
@@ -424,9 +477,9 @@ class Images:
             parts.append((HEADER + first * ENTRY, table.entries[first:stop].astype("<u4").tobytes()))
         table.stale[:] = False
         image.header_stale = False
-        job.writes.append((self.path(image.id, "durable"), parts))
+        job.writes.append((self.path(image.id, "durable"), table_length(image.size), parts))
         if not image.synced_name:
-            job.directories.add(self.directory)
+            job.table_names = self.directory
             image.synced_name = True
 
         def undo() -> None:
@@ -438,8 +491,8 @@ class Images:
 
     def _collect_frozen(self, job: SyncJob, image: Image) -> None:
         if not image.synced_name:
-            job.writes.append((image.path, []))
-            job.directories.add(self.directory)
+            job.writes.append((image.path, table_length(image.size), []))
+            job.table_names = self.directory
             image.synced_name = True
             job.undo.append(lambda: setattr(image, "synced_name", False))
 

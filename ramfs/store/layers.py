@@ -38,7 +38,7 @@ class LayerFile:
     mapping is only ever handed to the kernel (writev), for which an unreadable page is EFAULT.
     """
 
-    __slots__ = ("_view", "fd", "mapped_as", "path", "size", "writable")
+    __slots__ = ("fd", "mapped_as", "path", "size", "view", "writable")
 
     def __init__(self, path: str, *, writable: bool, create: bool = False) -> None:
         flags = os.O_RDWR if writable else os.O_RDONLY
@@ -51,7 +51,7 @@ class LayerFile:
         except FileNotFoundError as exc:
             raise StoreDamaged(f"layer file {path} is missing; run `ramfs fsck` on the store") from exc
         self.size = os.fstat(self.fd).st_size
-        self._view: memoryview | None = None
+        self.view: memoryview | None = None
         self.mapped_as: set[LayerId] = set()
         """layers whose base address (Layers.bases) points into the mapping"""
 
@@ -61,12 +61,12 @@ class LayerFile:
         Raises StoreDamaged when the file ends before: a table names pages that are not there, and zeros
         must not stand in for them.
         """
-        if self._view is None or end > len(self._view):
+        if self.view is None or end > len(self.view):
             self.size = os.fstat(self.fd).st_size
             if end > self.size:
                 raise StoreDamaged(f"layer file {self.path} is shorter than its pages; run `ramfs fsck`")
-            self._view = memoryview(mmap.mmap(self.fd, self.size, mmap.MAP_SHARED, mmap.PROT_READ))
-        return self._view
+            self.view = memoryview(mmap.mmap(self.fd, self.size, mmap.MAP_SHARED, mmap.PROT_READ))
+        return self.view
 
     def extend(self, size: int) -> None:
         """Make a live layer's sparse file at least ``size`` bytes long, so that its mapping can stay."""
@@ -98,7 +98,7 @@ class LayerFile:
 
     def close(self) -> None:
         """Close the descriptor; the mapping goes when its last user does."""
-        self._view = None
+        self.view = None
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -137,6 +137,8 @@ class Layers:
         """for each layer, the address of its page 0 in memory, 0 if it is not mapped"""
         self.limits: Addresses = np.zeros(64, np.uint64)
         """for each layer, the number of pages from 0 on that its mapping reaches"""
+        self.retired: list[memoryview] = []
+        """mappings that were replaced during a read, which may have gathered addresses in them: kept until the next"""
         for row in catalog.execute("SELECT * FROM layers"):
             self._add(Layer(row["id"], bool(row["sealed"]), bool(row["digested"]), row["base"], row["shift"]))
 
@@ -208,7 +210,10 @@ class Layers:
         """Map a layer, at least up to ``page``; returns the address of that page. Raises StoreDamaged, OSError."""
         layer = self[number]
         file = self.file(layer)
+        before = file.view
         view = file.map((page + layer.shift + 1) << PAGE_SHIFT)
+        if before is not None and before is not view:
+            self.retired.append(before)
         self._unmap(file)  # the mapping may have moved
         file.mapped_as.add(number)
         if number >= len(self.bases):
@@ -226,6 +231,9 @@ class Layers:
 
     def _trim(self) -> None:
         while len(self._files) > OPEN_LAYERS:
+            oldest = next(iter(self._files.values()))
+            if oldest.view is not None:
+                self.retired.append(oldest.view)
             self._close(next(iter(self._files)))
 
     def _close(self, number: LayerId) -> None:
@@ -276,5 +284,6 @@ class Layers:
 
     def close(self) -> None:
         """Close all files."""
+        self.retired.clear()
         for number in list(self._files):
             self._close(number)

@@ -14,13 +14,27 @@ import time
 import uuid
 from typing import Final
 
+import numpy as np
+
 from ramfs.errors import StoreDamaged, StoreError
+from ramfs.image.digest import DIGEST
+from ramfs.image.table import ENTRY, Mask, runs_of
 from ramfs.store.catalog import Catalog
-from ramfs.store.files import copy_range, data_extents, sync_directory
-from ramfs.store.images import Header, Images, SyncJob, pack_header, unpack_layers
+from ramfs.store.files import copy_range, data_extents, read_exactly, stored_pages, sync_directory, write_all
+from ramfs.store.images import (
+    HEADER,
+    Header,
+    Images,
+    SyncJob,
+    load_table,
+    pack_header,
+    table_length,
+    unpack_header,
+    unpack_layers,
+)
 from ramfs.store.layers import Layers
 from ramfs.store.lock import StoreLock
-from ramfs.units import ImageId, LayerId
+from ramfs.units import ZERO, ImageId, LayerId, pages
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _PARTS: Final = ("layers", "tables")
@@ -102,7 +116,10 @@ class Store:
                     os.close(fd)
                 self._replace_tables("map", "durable")
             else:
+                self._settle_durable()
                 self._replace_tables("durable", "map")
+            self._sweep()
+        elif catalog.meta("garbage"):
             self._sweep()
         with catalog.transaction():
             catalog.set_meta("boot_id", now)
@@ -119,6 +136,8 @@ class Store:
                     continue  # fsck's to tell; a stale durable copy must not pass for it
                 # Never synced before the power went: an empty file, as on any file system.
                 self._write_empty(good)
+            if not _fit_table(good) and source == "map":
+                continue  # the durable copy is the better one, for fsck
             temporary = bad + ".new"
             _copy_sparse(good, temporary)
             fd = os.open(temporary, os.O_RDONLY)
@@ -128,6 +147,57 @@ class Store:
                 os.close(fd)
             os.rename(temporary, bad)
         sync_directory(self.images.directory)
+
+    def _settle_durable(self) -> None:
+        """Name pages zero that were zeroed, and so punched, between the last sync and the power loss.
+
+        (They read as zeros anyway; but a page that is named and not there is damage to whoever checks.)
+        """
+        stored: dict[LayerId, Mask | None] = {}
+        for row in self.catalog.execute("SELECT id FROM images WHERE NOT frozen"):
+            path = self.images.path(row["id"], "durable")
+            with contextlib.suppress(FileNotFoundError, StoreDamaged):
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    self._settle_table(fd, path, stored)
+                    os.fdatasync(fd)
+                finally:
+                    os.close(fd)
+
+    def _settle_table(self, fd: int, path: str, stored: dict[LayerId, Mask | None]) -> None:
+        _, table = load_table(fd, path)
+        for first, stop in table.regions():
+            part = table.entries[first:stop]
+            punched = np.zeros(len(part), np.bool_)
+            for number in set(np.unique(part).tolist()) - {ZERO}:
+                layer = self.layers.by_id.get(number)
+                if layer is None:
+                    continue
+                if layer.base not in stored:
+                    stored[layer.base] = self._stored_pages(layer.base)
+                there = stored[layer.base]
+                if there is None:
+                    continue
+                where = np.flatnonzero(part == number)
+                at = where + (first + layer.shift)
+                where, at = where[at < len(there)], at[at < len(there)]
+                punched[where] = ~there[at]
+            for a, b in runs_of(punched):
+                write_all(fd, bytes((b - a) * ENTRY), HEADER + (first + a) * ENTRY)
+
+    def _stored_pages(self, layer: LayerId) -> Mask | None:
+        """Which pages of a layer are there, or were when its digests were made; None where that is no longer known."""
+        try:
+            with open(self.layers.path(layer), "rb", buffering=0) as file:
+                stored = stored_pages(file.fileno())
+            if self.layers[layer].digested:
+                with open(self.layers.path(layer, "xxh3"), "rb", buffering=0) as file:
+                    digests = np.frombuffer(read_exactly(file.fileno(), len(stored) * DIGEST, 0), np.uint64)
+                known: Mask = (digests[::2] | digests[1::2]) != 0
+                stored[: len(known)] |= known
+        except (OSError, ValueError):
+            return None
+        return stored
 
     def _write_empty(self, path: str) -> None:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -156,6 +226,7 @@ class Store:
                 stem, _, suffix = name.partition(".")
                 if suffix.endswith("new") or (_is_hex(stem) and int(stem, 16) not in known):
                     os.unlink(os.path.join(directory, name))
+            sync_directory(directory)  # or a number that is given again finds an old file
         for layer in list(self.layers.by_id.values()):
             # A live layer of which only the row reached the disk: no durable table can name its pages.
             if not layer.sealed and not os.path.exists(self.layers.path(layer.id)):
@@ -176,6 +247,7 @@ class Store:
                 job.close()
             with self.catalog.transaction():
                 self.catalog.set_meta("clean", 1)
+                self.catalog.set_meta("garbage", int(bool(self.images.replaced or self.images.doomed)))
             self.catalog.sync()
         finally:
             self.abandon()
@@ -212,6 +284,26 @@ def _is_hex(text: str) -> bool:
     return False
 
 
+def _fit_table(path: str) -> bool:
+    """Give a table file the length that goes with its header, which a crash can have parted.
+
+    Entries behind the end of the file are zero after it: the file would find them when it grows.
+    Returns False if there is no valid header.
+    """
+    with contextlib.suppress(StoreDamaged):
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            size = unpack_header(read_exactly(fd, HEADER, 0), path).size
+            end = HEADER + pages(size) * ENTRY
+            if os.fstat(fd).st_size > end:
+                os.ftruncate(fd, end)
+            os.ftruncate(fd, table_length(size))
+            return True
+        finally:
+            os.close(fd)
+    return False
+
+
 def _copy_sparse(source: str, target: str) -> None:
     """Copy a table file; holes stay holes (they are most of a sparse guest's table)."""
     with open(source, "rb", buffering=0) as old:
@@ -219,3 +311,4 @@ def _copy_sparse(source: str, target: str) -> None:
         with open(fd, "r+b", buffering=0) as new:
             for start, stop in data_extents(old.fileno()):
                 copy_range(old.fileno(), start, new.fileno(), start, stop - start)
+            new.truncate(os.fstat(old.fileno()).st_size)
