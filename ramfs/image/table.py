@@ -29,8 +29,14 @@ ENTRY: Final = 4
 
 def runs_of(mask: Mask) -> Iterator[tuple[int, int]]:
     """The maximal runs ``[start, stop)`` of true elements of a one-dimensional mask."""
-    edges = np.flatnonzero(np.diff(mask.view(np.int8), prepend=0, append=0))
-    return zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
+    if not len(mask):
+        return iter(())
+    edges: list[int] = (np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist()
+    if mask[0]:
+        edges.insert(0, 0)
+    if mask[-1]:
+        edges.append(len(mask))
+    return zip(edges[::2], edges[1::2], strict=True)
 
 
 def equal_runs(entries: Entries) -> list[tuple[int, int, LayerId]]:
