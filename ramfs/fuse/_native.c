@@ -72,7 +72,7 @@ struct plan {
 };
 
 enum { MOST_PAGES = (1 << 20) / PAGE + 2 };
-static const char zeros[1 << 20];
+static char zeros[1 << 20]; /* never written: .bss costs no memory */
 
 /* The address of a page, after asking for its layer to be mapped if need be; NULL with *error set. */
 static const char *address_of(const struct plan *plan, uint32_t layer, uint64_t page, int *error)

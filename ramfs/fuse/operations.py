@@ -8,6 +8,7 @@ import errno
 import itertools
 import logging
 import os
+import signal
 import stat
 from collections.abc import Sequence
 from typing import Final
@@ -21,7 +22,7 @@ from ramfs.fuse.extension import pyfuse3
 from ramfs.fuse.flush import Flusher
 from ramfs.fuse.handles import FileHandle, VirtualHandle
 from ramfs.inspect.counters import Counters
-from ramfs.inspect.report import Observer
+from ramfs.inspect.report import Observer, page_counts_text
 from ramfs.namespace import CONTROL_XATTR, Caller, Inode, Namespace, Opener
 from ramfs.pager import Pager, Plan
 from ramfs.store.images import Image
@@ -390,7 +391,7 @@ class Operations(pyfuse3.Operations):
 
     def _in_use(self, parent: InodeNumber, name: bytes) -> bool:
         inode = self.namespace.block_of(parent, name)
-        return inode is not None and any(os.path.exists(f"/proc/{opener.pid}") for opener in inode.opens.values())
+        return inode is not None and any(_lives(opener.pid) for opener in inode.opens.values())
 
     @answered
     async def flush(self, fh: int) -> None:
@@ -476,7 +477,8 @@ class Operations(pyfuse3.Operations):
             node = self.namespace.get(InodeNumber(inode))
             if node.image is None:
                 raise FileError(errno.ENODATA)
-            return self.observer.page_counts_text(node.image)
+            counter = self.observer.page_counter(node.image)
+            return page_counts_text(await trio.to_thread.run_sync(counter))
         return self.namespace.xattr(InodeNumber(inode), name)
 
     @answered
@@ -517,3 +519,16 @@ class Operations(pyfuse3.Operations):
 
     def init(self) -> None:
         """INIT; the extension has set the limits."""
+
+
+def _lives(pid: int) -> bool:
+    """Is there such a process, and is it not on its way out? (One that is killed has its files for a moment.)"""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            state, *numbers = file.read().rpartition(b")")[2].split()
+        with open(f"/proc/{pid}/status", "rb") as file:
+            pending = [int(line.split()[1], 16) for line in file if line.startswith((b"SigPnd:", b"ShdPnd:"))]
+    except OSError:
+        return False
+    exiting = int(numbers[5]) & 0x4  # PF_EXITING
+    return state not in (b"Z", b"X") and not exiting and not any(mask >> (signal.SIGKILL - 1) & 1 for mask in pending)

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from ramfs.inspect.counters import Counters
 from ramfs.namespace import Namespace
 from ramfs.store.images import Image, load_table
 from ramfs.store.store import Store
-from ramfs.units import SNAP_BIT, ImageId
+from ramfs.units import SNAP_BIT
 
 #: Of the JSON texts; grows with every change that a reader could stumble over.
 SCHEMA = 1
@@ -124,23 +125,33 @@ class Observer:
             )
         return "\n".join(lines).encode() + b"\n"
 
-    def page_counts(self, image: Image) -> PageCounts:
-        """How many pages an image owns, shares, has zero, or lacks. Reads the tables of its relatives."""
-        layers = self.store.layers
-        stored = image.table.layers()
-        relatives: set[ImageId] = set().union(*self.store.users_of(stored).values()) - {image.id}
-        aliased = {layer.base for layer in layers.by_id.values() if layer.is_alias}
-        shifted = {number for number in stored if layers[number].is_alias or number in aliased}
-        return count_pages(image.table, image.pages, map(self._table, sorted(relatives)), shifted)
+    def page_counter(self, image: Image) -> Callable[[], PageCounts]:
+        """What counts how many pages an image owns, shares, has zero, or lacks, in any thread.
 
-    def page_counts_text(self, image: Image) -> bytes:
-        """The value of the attribute ``user.ramfs.pages``: the counts as a JSON object."""
-        return json.dumps(self.page_counts(image)._asdict()).encode()
+        It reads the tables of all images that may share pages with it, from their files.
+        """
+        layers, images = self.store.layers, self.store.images
+        bases = {layers[number].base for number in image.layers if number in layers.by_id}
+        names = [layer for layer in layers.by_id.values() if layer.base in bases]
+        moved = {layer.base for layer in names if layer.is_alias}
+        places = {layer.id: (layer.base, layer.shift) for layer in names if layer.base in moved}
+        relatives = set().union(*self.store.users_of({layer.id for layer in names}).values()) - {image.id}
+        own, others, total = image.path, [images.path(number) for number in sorted(relatives)], image.pages
 
-    def _table(self, number: ImageId) -> PageTable:
-        path = self.store.images.path(number)
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return load_table(fd, path)[1]
-        finally:
-            os.close(fd)
+        def count() -> PageCounts:
+            return count_pages(_table(own), total, (_table(path) for path in others if os.path.exists(path)), places)
+
+        return count
+
+
+def page_counts_text(counts: PageCounts) -> bytes:
+    """The value of the attribute ``user.ramfs.pages``: the counts as a JSON object."""
+    return json.dumps(counts._asdict()).encode()
+
+
+def _table(path: str) -> PageTable:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return load_table(fd, path)[1]
+    finally:
+        os.close(fd)

@@ -99,8 +99,8 @@ class Image:
     """
 
     __slots__ = (
-        "_ahead", "_fd", "_length", "_table", "ctime", "frozen", "header_stale", "id", "layers", "live", "mtime", "path", "size",
-        "synced_name", "users",
+        "_ahead", "_fd", "_length", "_table", "ctime", "frozen", "header_stale", "id", "layers", "live", "mtime",
+        "path", "size", "synced_name", "users",
     )  # fmt: skip
 
     def __init__(self, number: ImageId, frozen: bool, live: Layer | None, layers: set[LayerId], path: str) -> None:
