@@ -1,0 +1,209 @@
+"""What the tests of the mount share: system calls that Python lacks, errnos, and processes that do something."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import pickle
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+T = TypeVar("T")
+Name = str | bytes | Path
+
+PAGE = 4096
+NOBODY = 65534
+RENAME_NOREPLACE = 1
+RENAME_EXCHANGE = 2
+AT_FDCWD = -100
+FALLOC_FL_KEEP_SIZE = 1
+FALLOC_FL_PUNCH_HOLE = 2
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@contextlib.contextmanager
+def fails(number: int) -> Iterator[None]:
+    """The block must raise OSError with this errno."""
+    with pytest.raises(OSError) as caught:  # noqa: PT011  (the errno is the match)
+        yield
+    got = caught.value.errno
+    assert got == number, f"{errno.errorcode.get(got or 0, got)} instead of {errno.errorcode[number]}"
+
+
+def errno_of(call: Callable[[], object]) -> int:
+    """The errno that a call fails with, 0 when it does not."""
+    try:
+        call()
+    except OSError as error:
+        return error.errno or -1
+    return 0
+
+
+def renameat2(old: Name, new: Name, flags: int) -> None:
+    """renameat2(2) of two paths."""
+    if _libc.renameat2(AT_FDCWD, os.fsencode(old), AT_FDCWD, os.fsencode(new), flags):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def pattern(length: int, seed: int = 1) -> bytes:
+    """Bytes without a zero page in them, different for each seed, and at each page."""
+    block = bytes((i * 7 + seed * 31) % 255 + 1 for i in range(257))
+    return (block * (length // len(block) + 1))[:length]
+
+
+def page_of(number: int) -> bytes:
+    """A page that is full of one number."""
+    return number.to_bytes(8, "little") * (PAGE // 8)
+
+
+@contextlib.contextmanager
+def opened(path: Name, flags: int = os.O_RDWR, mode: int = 0o666) -> Iterator[int]:
+    """A descriptor, closed at the end."""
+    fd = os.open(path, flags, mode)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def read(path: Name, offset: int = 0, length: int = -1) -> bytes:
+    """Bytes of a file by pread(2)."""
+    with opened(path, os.O_RDONLY) as fd:
+        length = os.fstat(fd).st_size - offset if length < 0 else length
+        parts = []
+        while length > 0 and (part := os.pread(fd, min(length, 1 << 20), offset)):
+            parts.append(part)
+            offset += len(part)
+            length -= len(part)
+        return b"".join(parts)
+
+
+def status(mount: Path) -> dict[str, Any]:
+    """`.ramfs/status.json` of a mount."""
+    told: dict[str, Any] = json.loads((mount / ".ramfs" / "status.json").read_bytes())
+    return told
+
+
+def counters(mount: Path) -> dict[str, int]:
+    """The counts of requests in `status.json`."""
+    counts: dict[str, int] = status(mount)["requests"]
+    return counts
+
+
+def page_counts(path: Name) -> dict[str, int]:
+    """`user.ramfs.pages` of a file."""
+    counts: dict[str, int] = json.loads(os.getxattr(path, "user.ramfs.pages"))
+    return counts
+
+
+def eventually(check: Callable[[], Any], what: str, timeout: float = 20) -> None:
+    """Wait until `check` holds; for work that the daemon does in the background."""
+    deadline = time.monotonic() + timeout
+    while not check():
+        assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
+        time.sleep(0.05)
+
+
+# --- processes ---
+
+
+def become(user: int, groups: Sequence[int] = ()) -> None:
+    """Be another user for good."""
+    os.setgroups(list(groups))
+    os.setgid(user)
+    os.setuid(user)
+
+
+def in_child(work: Callable[[], T], *, user: int | None = None, groups: Sequence[int] = (), cwd: Name = "/") -> T:
+    """Do `work` in a forked process, as another user; its result or its exception comes back.
+
+    The working directory is entered before the user changes, so that a relative path below it needs no
+    permission on the way there.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        answer: tuple[bool, Any]
+        try:
+            os.close(reader)
+            os.chdir(cwd)
+            if user is not None:
+                become(user, groups)
+            answer = (True, work())
+        except BaseException as error:  # noqa: BLE001  (whatever it is, the parent raises it)
+            answer = (False, error)
+        try:
+            with open(writer, "wb") as pipe:
+                pickle.dump(answer, pipe)
+        except BaseException:  # noqa: BLE001
+            traceback.print_exc(file=sys.__stderr__)
+        os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        data = pipe.read()
+    os.waitpid(child, 0)
+    done, value = pickle.loads(data)
+    if not done:
+        raise value
+    result: T = value
+    return result
+
+
+class Process:
+    """A forked process that does something and then stays until it is ended, with all it has open or mapped."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        reader, writer = os.pipe()
+        hold, self._release = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                os.close(reader)
+                os.close(self._release)
+                kept = work()
+                os.write(writer, b"+")
+                os.read(hold, 1)
+                del kept
+                code = 0
+            except BaseException:  # noqa: BLE001
+                traceback.print_exc(file=sys.__stderr__)
+            os._exit(code)
+        os.close(writer)
+        os.close(hold)
+        started = os.read(reader, 1)
+        os.close(reader)
+        self._ended = False
+        if started != b"+":
+            self.end()
+            raise AssertionError("the process failed; its traceback is above")
+
+    def kill(self) -> None:
+        """SIGKILL, as a crash."""
+        os.kill(self.pid, signal.SIGKILL)
+        self.end()
+
+    def end(self) -> None:
+        """Let it go on to its end."""
+        if not self._ended:
+            self._ended = True
+            os.close(self._release)
+            os.waitpid(self.pid, 0)
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
