@@ -200,13 +200,15 @@ class Namespace:
         ):
             yield row["cookie"], row["name"], row["ino"]
 
-    def walk(self, path: bytes) -> Inode:
-        """The inode at a path below the root; no symlink is followed. Raises ENOENT, ENOTDIR."""
+    def walk(self, path: bytes, caller: Caller) -> Inode:
+        """The inode at a path below the root; no symlink is followed. Raises ENOENT, ENOTDIR, EACCES."""
         inode = self.get(ROOT)
         for name in path.split(b"/"):
             if name:
                 if not inode.is_dir:
                     raise FileError(errno.ENOTDIR)
+                if not may(inode, caller, 1):
+                    raise FileError(errno.EACCES)
                 inode = self.lookup(inode.ino, name)
         return inode
 
@@ -633,7 +635,7 @@ class Namespace:
         """Copy the tree below a directory as it is now; pages are shared. Raises as mkdir does, EACCES too."""
         directory = self.writable_dir(parent)
         self._free_name(parent, name)
-        if not source.is_dir or source.is_snap:
+        if not directory.is_dir or not source.is_dir or source.is_snap:
             raise FileError(errno.ENOTDIR)
         if not may(directory, caller, 3):
             raise FileError(errno.EACCES)

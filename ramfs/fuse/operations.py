@@ -509,8 +509,9 @@ class Operations(pyfuse3.Operations):
         source, parent, name = virtual.parse_clone(command)
         caller = Caller(file.uid, file.gid, file.pid, lambda: set(pyfuse3.get_sup_groups(file.pid)))
         space = self.namespace
-        self._check_parent(space.walk(parent).ino, name)
-        space.clone(space.walk(source), space.walk(parent).ino, name, caller)
+        directory = space.walk(parent, caller)
+        self._check_parent(directory.ino, name)
+        space.clone(space.walk(source, caller), directory.ino, name, caller)
         self.counters.clones += 1
         return len(command)
 

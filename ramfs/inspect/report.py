@@ -1,5 +1,6 @@
 """``.ramfs/status.json``, ``.ramfs/metrics`` and the page counts of a file."""
 
+import contextlib
 import json
 import os
 import resource
@@ -88,7 +89,8 @@ class Observer:
         total = 0
         with os.scandir(self.store.layers.directory) as entries:
             for entry in entries:
-                total += entry.stat().st_blocks * 512
+                with contextlib.suppress(FileNotFoundError):  # background work renames and removes files
+                    total += entry.stat().st_blocks * 512
         return total
 
     def status_text(self) -> bytes:

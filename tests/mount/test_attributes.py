@@ -133,7 +133,7 @@ def test_modes_bind_other_users(public: Mount) -> None:
     ):
         with pytest.raises(PermissionError):
             in_child(call, user=NOBODY)
-    assert in_child(lambda: (root / "readable").read_bytes(), user=NOBODY) == b"data"
+    assert in_child((root / "readable").read_bytes, user=NOBODY) == b"data"
     in_child(lambda: (root / "writable").write_bytes(b"theirs"), user=NOBODY)
     in_child(lambda: (root / "open" / "f").write_bytes(b"made"), user=NOBODY)
     made = (root / "open" / "f").stat()
@@ -158,12 +158,12 @@ def test_sticky_directories_keep_others_off(public: Mount) -> None:
     tmp.mkdir()
     tmp.chmod(0o1777)
     (tmp / "mine").touch()
-    in_child(lambda: (tmp / "theirs").touch(), user=NOBODY)
+    in_child((tmp / "theirs").touch, user=NOBODY)
     with pytest.raises(PermissionError):
-        in_child(lambda: (tmp / "mine").unlink(), user=NOBODY)
+        in_child((tmp / "mine").unlink, user=NOBODY)
     with pytest.raises(PermissionError):
         in_child(lambda: (tmp / "mine").rename(tmp / "x"), user=NOBODY)
-    in_child(lambda: (tmp / "theirs").unlink(), user=NOBODY)
+    in_child((tmp / "theirs").unlink, user=NOBODY)
 
 
 @needs_root
@@ -241,7 +241,7 @@ def test_what_moves_mtime_and_ctime(here: Path) -> None:
     assert changed(path, lambda: os.setxattr(path, "user.x", b"1")) == only
     assert changed(path, lambda: os.removexattr(path, "user.x")) == only
     assert changed(path, lambda: os.link(path, here / "g")) == only
-    assert changed(path, lambda: (here / "g").unlink()) == only
+    assert changed(path, (here / "g").unlink) == only
     assert changed(path, path.read_bytes) == set()
     assert changed(path, lambda: os.setxattr(here, "user.x", b"1")) == set()
 
@@ -249,13 +249,13 @@ def test_what_moves_mtime_and_ctime(here: Path) -> None:
 def test_what_moves_the_times_of_a_directory(here: Path) -> None:
     both = {"mtime", "ctime"}
     (here / "d").mkdir()
-    assert changed(here, lambda: (here / "f").touch()) == both
+    assert changed(here, (here / "f").touch) == both
     assert changed(here, lambda: (here / "f").rename(here / "g")) == both
     assert changed(here, lambda: os.link(here / "g", here / "h")) == both
-    assert changed(here, lambda: (here / "g").unlink()) == both
-    assert changed(here, lambda: (here / "d" / "x").touch()) == set()
-    assert changed(here / "d", lambda: (here / "d" / "x").unlink()) == both
-    assert changed(here, lambda: (here / "d").rmdir()) == both
+    assert changed(here, (here / "g").unlink) == both
+    assert changed(here, (here / "d" / "x").touch) == set()
+    assert changed(here / "d", (here / "d" / "x").unlink) == both
+    assert changed(here, (here / "d").rmdir) == both
     assert changed(here, lambda: (here / "h").write_bytes(b"x")) == set()
 
 

@@ -386,7 +386,7 @@ def test_two_descriptors_see_one_file(here: Path) -> None:
 
 def test_another_process_sees_what_was_written(here: Path) -> None:
     (here / "f").write_bytes(pattern(PAGE + 1))
-    assert in_child(lambda: (here / "f").read_bytes()) == pattern(PAGE + 1)
+    assert in_child((here / "f").read_bytes) == pattern(PAGE + 1)
 
 
 @pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDWR])
