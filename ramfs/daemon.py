@@ -1,5 +1,6 @@
 """Assembly: store, pager, namespace and mount; background work, signals, readiness."""
 
+import contextlib
 import logging
 import os
 import resource
@@ -48,8 +49,9 @@ def notify_systemd(message: str) -> None:
     """Tell systemd, if it started us with Type=notify (sd_notify(3))."""
     address = os.environ.get("NOTIFY_SOCKET")
     if address:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.sendto(message.encode(), "\0" + address[1:] if address.startswith("@") else address)
+        data = message.encode(errors="backslashreplace")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+            sock.sendto(data, "\0" + address[1:] if address.startswith("@") else address)
 
 
 class Daemon:

@@ -223,7 +223,6 @@ def _log_to(store: str, *, background: bool, debug: bool) -> None:
         console.setLevel(logging.WARNING)  # until the mount is ready somebody reads standard error
     handlers.append(console)
     logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, handlers=handlers)
-    logging.getLogger("pyfuse3").setLevel(logging.INFO)
 
 
 def _syslog() -> logging.Handler | None:
@@ -235,7 +234,7 @@ def _syslog() -> logging.Handler | None:
     except OSError:
         return None
     handler.ident = f"ramfs[{os.getpid()}]: "
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_TextFormatter("%(message)s"))
     return handler
 
 
@@ -246,6 +245,13 @@ def _file_log(store: str) -> logging.Handler:
     )
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s"))
     return handler
+
+
+class _TextFormatter(logging.Formatter):
+    """Escapes the bytes of file names that are no text: syslog takes UTF-8 only."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(record).encode(errors="backslashreplace").decode()
 
 
 class _JournalFormatter(logging.Formatter):

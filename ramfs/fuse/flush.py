@@ -31,6 +31,8 @@ class Flusher:
             await trio.to_thread.run_sync(self._flush, paths)
 
     def _flush(self, paths: Sequence[bytes]) -> None:
+        if self.device < 0:
+            self.look()  # told to stop before the mount was ready
         for path in paths:
             full = os.path.join(self.mountpoint, path)
             try:

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -11,8 +10,6 @@ from typing import Final
 from ramfs.errors import MountError
 from ramfs.fuse.extension import native, pyfuse3
 from ramfs.fuse.operations import Operations
-
-log = logging.getLogger(__name__)
 
 #: Requests that the kernel may have under way for reading ahead and writing back.
 MAX_BACKGROUND: Final = 64
@@ -60,8 +57,8 @@ class Session:
                 pyfuse3.init(operations, mountpoint, {"default_permissions", *options})
         except RuntimeError as exc:
             raise MountError(f"{mountpoint} cannot be mounted: {'; '.join(words) or exc}") from exc
-        for line in words:
-            log.warning("%s", line)
+        for line in words:  # of a mount that was made all the same, and of our own log
+            print(line, file=sys.stderr)
         fd = native.session_fd()
         if fd < 0:
             pyfuse3.close()

@@ -20,7 +20,7 @@ class StoreLock:
             os.close(self._fd)
             raise StoreBusy(f"store {directory} is in use by {holder}: unmount it there first") from None
         os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"process {os.getpid()} ({purpose})\n".encode(), 0)
+        os.pwrite(self._fd, os.fsencode(f"process {os.getpid()} ({purpose})\n"), 0)
 
     def release(self) -> None:
         """Give the lock back."""
