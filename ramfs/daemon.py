@@ -34,6 +34,9 @@ HOUSEKEEPING: Final = 1.0
 #: Seconds that a sealed layer waits for its digests: first the guest that was just cloned gets the machine.
 DIGEST_DELAY: Final = 5.0
 
+#: Told to end, by a service manager or at the keyboard; SIGHUP is taken and means nothing.
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
 
 @dataclass(frozen=True, slots=True)
 class MountRequest:
@@ -75,6 +78,8 @@ class Daemon:
             operations = Operations(
                 self.pager, self.namespace, self.observer, self.flusher, template_rdwr=request.template_rdwr
             )
+            # From the mount on a signal must find its receiver, or it would leave a dead mount behind.
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
             session = Session(operations, request.mountpoint, request.options)
             try:
                 trio.run(self._main)
@@ -113,7 +118,8 @@ class Daemon:
     # -- signals
 
     async def _watch_signals(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        with trio.open_signal_receiver(*_SIGNALS) as signals:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             async for number in signals:
                 if number == signal.SIGHUP:
                     continue
