@@ -64,6 +64,7 @@ class Daemon:
         self.request = request
         self.ready = ready
         self.stopping = False
+        self._early: list[int] = []
 
     def run(self) -> None:
         """Mount, serve until unmounted or told to stop, close the store. Raises RamfsError."""
@@ -78,8 +79,10 @@ class Daemon:
             operations = Operations(
                 self.pager, self.namespace, self.observer, self.flusher, template_rdwr=request.template_rdwr
             )
-            # From the mount on a signal must find its receiver, or it would leave a dead mount behind.
-            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+            # From the mount on a signal that ended us would leave a dead mount behind. (Blocking would not do:
+            # numpy has threads of its own that take signals.)
+            for number in _SIGNALS:
+                signal.signal(number, lambda number, _: self._early.append(number))
             session = Session(operations, request.mountpoint, request.options)
             try:
                 trio.run(self._main)
@@ -119,7 +122,8 @@ class Daemon:
 
     async def _watch_signals(self) -> None:
         with trio.open_signal_receiver(*_SIGNALS) as signals:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            for number in self._early:
+                signal.raise_signal(number)
             async for number in signals:
                 if number == signal.SIGHUP:
                     continue
