@@ -280,7 +280,7 @@ class Pager:
                 self.images.name_layers(target, named)
         if not target.is_loaded and first >= target.pages:
             for low, entries in parts:
-                target.append_entries(low, entries)
+                target.put_entries(low, entries)
             return
         # The target's own live pages that lose their name are found by the next garbage pass, not punched
         # here: until the next sync its durable table names them.

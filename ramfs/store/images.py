@@ -146,8 +146,8 @@ class Image:
         """Is the table in memory?"""
         return self._table is not None
 
-    def append_entries(self, first: int, entries: Entries) -> None:
-        """Write entries beyond the end of the file, without the table in memory: a fresh clone's costs nothing."""
+    def put_entries(self, first: int, entries: Entries) -> None:
+        """Write entries where there were none, while the table is not in memory: most clones never need it there."""
         self._write_entries(first, entries)
         self._ahead = True
 
@@ -323,12 +323,8 @@ class Images:
             Header(source.size, source.mtime, source.ctime), frozen, set(source.layers), source.id
         )
         try:
-            table = image.table
-            table.resize(source.pages)
             for first, stop in source.table.regions(stop=source.pages):
-                table.entries[first:stop] = source.table.entries[first:stop]
-                table.mark(first, stop)
-                image.store_entries(first, stop)
+                image.put_entries(first, source.table.entries[first:stop])
         except BaseException:
             image.close()
             os.unlink(image.path)
