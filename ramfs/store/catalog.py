@@ -16,7 +16,8 @@ from ramfs.errors import StoreBusy, StoreDamaged, StoreVersion
 #: Changes with every change of the format that an older program could misread.
 FORMAT_VERSION: Final = 1
 
-_SCHEMA: Final = """
+#: The tables of an empty catalog.
+SCHEMA: Final = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE layers (
     id       INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -96,7 +97,7 @@ class Catalog:
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.execute("PRAGMA foreign_keys=ON")
             if fresh:
-                self._db.executescript(f"BEGIN;{_SCHEMA}")
+                self._db.executescript(f"BEGIN;{SCHEMA}")
                 self.set_meta("version", FORMAT_VERSION)
                 self._db.execute("COMMIT")
             self._check_version()

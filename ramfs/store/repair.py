@@ -1,0 +1,326 @@
+"""Repair a store: take the steps that the check's findings carry, open and close it once, and check again.
+
+What the last check still finds was not repaired.
+"""
+
+import contextlib
+import os
+import shutil
+import sqlite3
+import stat
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+from ramfs.errors import StoreDamaged, StoreError
+from ramfs.image.table import ENTRY
+from ramfs.store.catalog import SCHEMA, Catalog
+from ramfs.store.check import Check, Finding, Report, TableCopy, read_table, salvage
+from ramfs.store.files import sync_directory
+from ramfs.store.images import HEADER, Header, pack_header, pack_layers, table_length, unpack_layers
+from ramfs.store.lock import StoreLock
+from ramfs.store.store import Store
+from ramfs.units import LOST, PAGE, PAGE_SHIFT, ROOT, SNAP_BIT, LayerId, pages
+
+
+def check_store(directory: str, *, repair: bool = False) -> Report:
+    """Check a store, with ``repair`` also mend it. Raises StoreBusy, StoreVersion, StoreError, OSError."""
+    directory = os.path.abspath(directory)
+    if not os.path.isdir(directory):
+        raise StoreError(f"{directory} is not a directory: give the directory of a store")
+    if not {"catalog.sqlite", "layers", "tables"} & set(os.listdir(directory)):
+        raise StoreError(f"{directory} is not a ramfs store: it has neither catalog nor layers")
+    lock = StoreLock(directory, "ramfs fsck")
+    try:
+        report = Check(directory).run()
+        found: dict[Finding, None] = {}
+        # A repair can bring to light what it hid: a table that is back names pages that can be missing.
+        for _ in range(4):
+            mendable = [finding for finding in report.findings if finding.fix is not None]
+            if not repair or not mendable:
+                break
+            found.update(dict.fromkeys(mendable))
+            failed = _mend(directory, mendable)
+            lock.release()
+            try:
+                failed += _reopen(directory)
+            finally:
+                lock = StoreLock(directory, "ramfs fsck")
+            report = Check(directory).run()
+            report.notes += failed
+            if failed:
+                break
+        report.repaired = [finding for finding in found if finding not in report.findings]
+        return report
+    finally:
+        lock.release()
+
+
+def _mend(directory: str, findings: list[Finding]) -> list[str]:
+    """Repair; returns a sentence for each repair that failed."""
+    failed: list[str] = []
+    without_catalog = [f for f in findings if f.kind.startswith(("parts-", "catalog-unreadable"))]
+    if without_catalog:
+        findings = without_catalog  # the others are judged again afterwards
+    fixer = Fixer(directory, with_catalog=not without_catalog)
+    try:
+        for finding in findings:
+            assert finding.fix is not None
+            try:
+                with fixer.transaction():
+                    finding.fix(fixer)
+            except (OSError, sqlite3.Error, StoreError) as exc:
+                failed.append(f"{finding.where} could not be repaired: {exc}")
+    finally:
+        fixer.close()
+    return failed
+
+
+def _reopen(directory: str) -> list[str]:
+    """Open and close the store, as a mount does: it settles what an unclean end left."""
+    try:
+        Store(directory, purpose="ramfs fsck").close()
+    except (OSError, StoreError) as exc:
+        return [f"the store still cannot be opened: {exc}"]
+    return []
+
+
+class Fixer:
+    """The repairs. Each happens within a transaction of the catalog, where there is one."""
+
+    def __init__(self, directory: str, *, with_catalog: bool) -> None:
+        self.directory = directory
+        self.catalog = Catalog(os.path.join(directory, "catalog.sqlite"), create=False) if with_catalog else None
+        if self.catalog is not None:
+            # The damage itself may break references; the check that follows tells what is left of them.
+            self.catalog.execute("PRAGMA foreign_keys=OFF")
+            self.catalog.set_meta("garbage", 1)
+
+    def close(self) -> None:
+        """Make everything durable."""
+        if self.catalog is not None:
+            self.catalog.sync()
+            self.catalog.close()
+        for part in ("layers", "tables"):
+            with contextlib.suppress(FileNotFoundError):
+                sync_directory(os.path.join(self.directory, part))
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """One repair happens as a whole or not at all, as far as the catalog goes."""
+        if self.catalog is None:
+            yield
+        else:
+            with self.catalog.transaction():
+                yield
+
+    def sql(self, statement: str, *values: object) -> None:
+        """Change the catalog."""
+        assert self.catalog is not None
+        self.catalog.execute(statement, *values)
+
+    def insert(self, statement: str, *values: object) -> int:
+        """Add a row to the catalog; returns its number."""
+        assert self.catalog is not None
+        return self.catalog.insert(statement, *values)
+
+    def row(self, statement: str, *values: object) -> sqlite3.Row | None:
+        """Ask the catalog for a row."""
+        assert self.catalog is not None
+        return self.catalog.row(statement, *values)
+
+    def make_part(self, part: str) -> None:
+        """Make a missing directory of the store."""
+        os.makedirs(os.path.join(self.directory, part), mode=0o700, exist_ok=True)
+
+    def unlink(self, where: str) -> None:
+        """Remove a file of the store."""
+        os.unlink(os.path.join(self.directory, where))
+
+    def rebuild_catalog(self) -> None:
+        """Put a new catalog of the readable rows in the place of the damaged one, which is kept beside it."""
+        path = os.path.join(self.directory, "catalog.sqlite")
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path + ".new")
+        source = sqlite3.connect(path)
+        target = sqlite3.connect(path + ".new", isolation_level=None)
+        try:
+            target.executescript("PRAGMA foreign_keys=OFF; BEGIN;" + SCHEMA)
+            salvage(source, target)
+            target.execute("COMMIT")
+        finally:
+            source.close()
+            target.close()
+        kept = f"{path}.damaged-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
+        for suffix in ("", "-wal"):
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(path + suffix, kept + suffix)
+        os.rename(path + ".new", path)
+        sync_directory(self.directory)
+
+    # -- tree
+
+    def make_root(self) -> None:
+        """Make the root directory; whatever has its number gets another one."""
+        now = time.time_ns()
+        old = self.row("SELECT * FROM inodes WHERE ino = ?", ROOT)
+        if old is not None:
+            new = self.insert(
+                "INSERT INTO inodes (mode, uid, gid, nlink, atime, mtime, ctime) VALUES (0, 0, 0, 0, 0, 0, 0)"
+            )
+            columns = [name for name in old.keys() if name != "ino"]  # noqa: SIM118
+            for column in columns:
+                self.sql(f"UPDATE inodes SET {column} = ? WHERE ino = ?", old[column], new)
+            self.sql("UPDATE names SET ino = ? WHERE ino = ?", new, ROOT)
+            self.sql("UPDATE xattrs SET ino = ? WHERE ino = ?", new, ROOT)
+            self.sql("DELETE FROM inodes WHERE ino = ?", ROOT)
+        self.sql(
+            "INSERT INTO inodes (ino, mode, uid, gid, nlink, atime, mtime, ctime, parent)"
+            " VALUES (?, ?, ?, ?, 2, ?, ?, ?, ?)",
+            ROOT, stat.S_IFDIR | 0o700, os.getuid(), os.getgid(), now, now, now, ROOT,
+        )  # fmt: skip
+
+    def attach(self, ino: int) -> None:
+        """Give an inode that no path leads to a name that says its number. Links are counted by the next check."""
+        inode = self.row("SELECT * FROM inodes WHERE ino = ?", ino)
+        if inode is None:
+            return
+        self.sql("DELETE FROM names WHERE ino = ? AND parent NOT IN (SELECT ino FROM inodes)", ino)
+        directory = stat.S_ISDIR(inode["mode"])
+        if directory:
+            self.sql("DELETE FROM names WHERE ino = ?", ino)
+        parent = ROOT | SNAP_BIT if directory and inode["frozen"] else self._lost_and_found()
+        self.sql("INSERT OR REPLACE INTO names (parent, name, ino) VALUES (?, ?, ?)", parent, b"#%d" % ino, ino)
+        if directory:
+            self.sql("UPDATE inodes SET parent = ? WHERE ino = ?", parent, ino)
+
+    def _lost_and_found(self) -> int:
+        row = self.row("SELECT ino FROM names WHERE parent = ? AND name = ?", ROOT, b"lost+found")
+        if row is not None:
+            return int(row["ino"])
+        now = time.time_ns()
+        ino = self.insert(
+            "INSERT INTO inodes (mode, uid, gid, nlink, atime, mtime, ctime, parent) VALUES (?, ?, ?, 2, ?, ?, ?, ?)",
+            stat.S_IFDIR | 0o700, os.getuid(), os.getgid(), now, now, now, ROOT,
+        )  # fmt: skip
+        self.sql("INSERT INTO names (parent, name, ino) VALUES (?, ?, ?)", ROOT, b"lost+found", ino)
+        self.sql("UPDATE inodes SET nlink = nlink + 1 WHERE ino = ?", ROOT)
+        return ino
+
+    def freeze(self, ino: int) -> None:
+        """Freeze an inode, and its image with it."""
+        self.sql("UPDATE inodes SET frozen = 1 WHERE ino = ?", ino)
+        row = self.row("SELECT images.* FROM inodes JOIN images ON images.id = image WHERE ino = ?", ino)
+        if row is not None and not row["frozen"]:
+            if row["live"] is not None:
+                self.seal(row["live"])
+            self.sql("UPDATE images SET frozen = 1 WHERE id = ?", row["id"])
+
+    # -- images and layers
+
+    def seal(self, layer: int) -> None:
+        """Let nobody write to a layer any more; whoever did begins a new one."""
+        self.sql("UPDATE layers SET sealed = 1 WHERE id = ?", layer)
+        self.sql("UPDATE images SET live = NULL WHERE live = ?", layer)
+
+    def complete_record(self, image: int, layers: set[int]) -> None:
+        """Add layers to the record of those that a table names."""
+        row = self.row("SELECT layers FROM images WHERE id = ?", image)
+        if row is not None:
+            known = unpack_layers(row["layers"]) | {LayerId(n) for n in layers}
+            self.sql("UPDATE images SET layers = ? WHERE id = ?", pack_layers(known), image)
+
+    def drop_image(self, image: int) -> None:
+        """Remove an image that no file has."""
+        row = self.row("SELECT live FROM images WHERE id = ?", image)
+        if row is not None and row["live"] is not None:
+            self.seal(row["live"])
+        self.sql("DELETE FROM images WHERE id = ?", image)
+
+    def give_lost_image(self, ino: int) -> None:
+        """Give a regular file without contents an image of one lost page, so that it cannot pass for an empty one."""
+        row = self.row("SELECT frozen FROM inodes WHERE ino = ?", ino)
+        frozen = 0 if row is None else row["frozen"]
+        number = self.insert("INSERT INTO images (frozen, created) VALUES (?, ?)", frozen, time.time_ns())
+        self._write_lost(number, PAGE)
+        self.sql("UPDATE inodes SET image = ? WHERE ino = ?", number, ino)
+
+    def copy_image(self, ino: int, image: int) -> None:
+        """Give a file that has another one's image a copy of it."""
+        row = self.row("SELECT * FROM images WHERE id = ?", image)
+        assert row is not None
+        if row["live"] is not None:
+            self.seal(row["live"])
+        number = self.insert(
+            "INSERT INTO images (frozen, layers, parent, created) VALUES (?, ?, ?, ?)",
+            row["frozen"], row["layers"], image, time.time_ns(),
+        )  # fmt: skip
+        for suffix in ("map", "durable"):
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copyfile(self.table_path(image, suffix), self.table_path(number, suffix))
+        self.sql("UPDATE inodes SET image = ? WHERE ino = ?", number, ino)
+
+    # -- tables
+
+    def table_path(self, image: int, suffix: str) -> str:
+        """The path of a table file."""
+        return os.path.join(self.directory, "tables", f"{image:08x}.{suffix}")
+
+    def restore_table(self, image: int, check: Check) -> None:
+        """Take the other copy of a table that is damaged; without one, let all of the file be lost."""
+        frozen = check.images[image]["frozen"]
+        if not frozen and check.suffix == "map":
+            with contextlib.suppress(OSError, StoreDamaged):
+                durable = read_table(self.table_path(image, "durable"))
+                if not durable.short:
+                    self.write_table(image, check, durable)
+                    return
+        size = PAGE
+        with contextlib.suppress(OSError, StoreDamaged):
+            size = max(size, read_table(check.table_path(image)).header.size)
+        with contextlib.suppress(OSError):
+            found = os.path.getsize(check.table_path(image))
+            size = max(size, (found - HEADER) // ENTRY * PAGE)
+        for layer in unpack_layers(check.images[image]["layers"]):
+            if (place := check.place(layer)) is not None:
+                with contextlib.suppress(OSError):
+                    path = os.path.join(self.directory, "layers", f"{place[0]:08x}.ram")
+                    size = max(size, os.path.getsize(path) - (place[1] << PAGE_SHIFT))
+        self._write_lost(image, size)
+
+    def _write_lost(self, image: int, size: int) -> None:
+        """A table of which every page is lost."""
+        now = time.time_ns()
+        entries = np.full(pages(size), LOST, np.uint32)
+        self._replace(image, TableCopy(Header(size, now, now), [(0, entries)], 0, False))
+
+    def write_table(self, image: int, check: Check, table: TableCopy) -> None:  # noqa: ARG002
+        """Write a table anew, both copies of it."""
+        self._replace(image, table)
+
+    def lose(self, image: int, check: Check, ranges: list[tuple[int, int]]) -> None:
+        """Mark pages of an image lost."""
+        table = read_table(check.table_path(image))
+        for low, entries in table.parts:
+            for first, stop in ranges:
+                entries[max(0, first - low) : max(0, stop - low)] = LOST
+        self._replace(image, table)
+
+    def _replace(self, image: int, table: TableCopy) -> None:
+        """Write a table file whole, under a new name first.
+
+        Both copies: after an unclean end, too, the other one is made from this one when the store is opened.
+        """
+        row = self.row("SELECT frozen FROM images WHERE id = ?", image)
+        suffixes = ("map",) if row is not None and row["frozen"] else ("map", "durable")
+        for suffix in suffixes:
+            path = self.table_path(image, suffix)
+            with open(path + ".new", "wb", buffering=0) as file:
+                file.write(pack_header(table.header))
+                for low, entries in table.parts:
+                    file.seek(HEADER + low * ENTRY)
+                    file.write(entries.astype("<u4").tobytes())
+                os.ftruncate(file.fileno(), table_length(table.header.size))
+                os.fdatasync(file.fileno())
+            os.rename(path + ".new", path)
