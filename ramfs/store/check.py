@@ -82,6 +82,7 @@ KINDS: Final[dict[str, Kind]] = {
     "live-sealed": Kind(True, "an image writes to a sealed layer", "it begins a new one"),
     "live-foreign": Kind(True, "a table names a layer that another image writes to", "the layer is sealed"),
     "layer-file": Kind(True, "the file of a layer is missing", "its pages are marked lost"),
+    "layer-empty": Kind(False, "a layer without a file, of which nothing is named", "it is removed"),
     "layer-unused": Kind(False, "a layer that takes writes for no image", "it is sealed, and goes with the next mount"),
     "table-missing": Kind(True, "a table is missing", _LOSE_FILE),
     "table-header": Kind(True, "a table has no valid header", _LOSE_FILE),
@@ -490,8 +491,13 @@ class Check:
             with contextlib.suppress(OSError, StoreDamaged):
                 self._name_pages(number, read_table(self.table_path(number)), bad)
         for number, row in sorted(self.layers.items()):
-            if row["base"] is None and number not in named and row["digested"]:
-                self._read_digests(number, 0)
+            if row["base"] is None and number not in named:
+                if not os.path.exists(self.path("layers", f"{number:08x}.ram")):
+                    if not self.unclean:
+                        where = f"layers/{number:08x}.ram"
+                        self.note("layer-empty", where, fix=step("drop_layer", number))
+                elif row["digested"]:
+                    self._read_digests(number, 0)
 
     def table_path(self, image: int, suffix: str | None = None) -> str:
         """The table file that counts for an image."""
@@ -585,10 +591,8 @@ class Check:
         try:
             fd = os.open(self.path("layers", f"{number:08x}.ram"), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            if not (self.unclean and not row["sealed"]):
-                self.note(
-                    "layer-file", f"layers/{number:08x}.ram", f"{np.count_nonzero(named)} pages of files are in it"
-                )
+            where, count = f"layers/{number:08x}.ram", np.count_nonzero(named)
+            self.note("layer-file", where, f"{count} pages of files are in it", step("drop_layer", number))
             return {"page-beyond": named}
         try:
             size = os.fstat(fd).st_size >> PAGE_SHIFT

@@ -63,19 +63,25 @@ class Pass:
     def scan(self) -> None:
         """Sync, then find the stored pages of the candidates that no table names."""
         self.job.run()
-        sizes = {n: os.path.getsize(self.store.layers.path(n)) >> PAGE_SHIFT for n in self.candidates}
-        self.used = {n: np.zeros(size, np.bool_) for n, size in sizes.items()}
+        for layer in self.candidates:
+            try:
+                size = os.path.getsize(self.store.layers.path(layer))
+            except FileNotFoundError:
+                size = 0  # fsck's to tell: here it has nothing to give back
+            self.used[layer] = np.zeros(size >> PAGE_SHIFT, np.bool_)
         for image in sorted(set().union(*self.users.values())):
             for suffix in ("map", "durable"):
                 self._scan_table(self.store.images.path(image, suffix))
         for number, used in self.used.items():
+            if not len(used):
+                self.garbage[number] = []
+                continue
             fd = os.open(self.store.layers.path(number), os.O_RDONLY | os.O_CLOEXEC)
             try:
                 stored = stored_pages(fd)[: len(used)]
-                stored.resize(len(used), refcheck=False)
             finally:
                 os.close(fd)
-            self.garbage[number] = list(runs_of(stored & ~used))
+            self.garbage[number] = list(runs_of(stored & ~used[: len(stored)]))
 
     def _scan_table(self, path: str) -> None:
         try:

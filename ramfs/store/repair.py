@@ -224,6 +224,12 @@ class Fixer:
         self.sql("UPDATE layers SET sealed = 1 WHERE id = ?", layer)
         self.sql("UPDATE images SET live = NULL WHERE live = ?", layer)
 
+    def drop_layer(self, layer: int) -> None:
+        """Remove a layer without a file, and what names its pages elsewhere."""
+        self.seal(layer)
+        self.sql("DELETE FROM layers WHERE base = ?", layer)
+        self.sql("DELETE FROM layers WHERE id = ?", layer)
+
     def complete_record(self, image: int, layers: set[int]) -> None:
         """Add layers to the record of those that a table names."""
         row = self.row("SELECT layers FROM images WHERE id = ?", image)
