@@ -12,8 +12,8 @@ from ramfs.errors import FileError, UsageError
 
 
 @click.command("clone")
-@click.argument("source", type=click.Path())
-@click.argument("target", type=click.Path())
+@click.argument("source")
+@click.argument("target")
 def clone(source: str, target: str) -> None:
     """Make TARGET a copy of the directory SOURCE as it is at one moment; no page is copied.
 

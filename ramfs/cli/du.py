@@ -24,7 +24,7 @@ def page_counts(path: str) -> dict[str, int]:
     # The kernel hands over what a guest stored into mapped pages when any descriptor is closed. Who may not
     # open the file gets counts that are up to half a minute old.
     with contextlib.suppress(PermissionError):
-        os.close(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC))
+        os.close(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC))
     counts: dict[str, int] = json.loads(os.getxattr(path, "user.ramfs.pages", follow_symlinks=False))
     return counts
 
@@ -66,7 +66,7 @@ def collect(path: str) -> dict[str, dict[str, int]]:
 
 
 @click.command("du")
-@click.argument("path", type=click.Path())
+@click.argument("path")
 @click.option("--pages", "in_pages", is_flag=True, help="Print numbers of pages instead of sizes.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, in pages.")
 def du(path: str, in_pages: bool, as_json: bool) -> None:

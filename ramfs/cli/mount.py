@@ -123,8 +123,8 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
 
 
 @click.command("mount")
-@click.argument("store", type=click.Path())
-@click.argument("mountpoint", type=click.Path())
+@click.argument("store")
+@click.argument("mountpoint")
 @click.option("-o", "--options", multiple=True, metavar="OPTIONS", help="Mount options, separated by commas.")
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground and log to standard error.")
 @click.option("--ready-fd", type=int, hidden=True)

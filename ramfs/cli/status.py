@@ -75,7 +75,7 @@ def picture(statuses: list[dict[str, Any]]) -> RenderableType:
 
 
 @click.command("status")
-@click.argument("path", type=click.Path(), required=False)
+@click.argument("path", required=False)
 @click.option("-w", "--watch", is_flag=True, help="Show it again every second, until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: one object, or with no PATH a list.")
 def status(path: str | None, watch: bool, as_json: bool) -> None:

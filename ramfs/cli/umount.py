@@ -16,7 +16,7 @@ _PATIENCE: Final = 120.0
 
 
 @click.command("umount")
-@click.argument("mountpoint", type=click.Path())
+@click.argument("mountpoint")
 @click.option("-l", "--lazy", is_flag=True, help="Detach now, end when the last user is gone.")
 def umount(mountpoint: str, lazy: bool) -> None:
     """Unmount MOUNTPOINT; returns when the store is closed and can be mounted again."""

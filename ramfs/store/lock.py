@@ -3,16 +3,19 @@
 import fcntl
 import os
 
-from ramfs.errors import StoreBusy
+from ramfs.errors import StoreBusy, StoreError
 
 
 class StoreLock:
     """The lock of a store, held until :meth:`release` or the end of the process."""
 
     def __init__(self, directory: str, purpose: str) -> None:
-        """Take the lock. ``purpose`` is told to whoever comes second. Raises StoreBusy."""
+        """Take the lock. ``purpose`` is told to whoever comes second. Raises StoreBusy or StoreError."""
         path = os.path.join(directory, "lock")
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as exc:
+            raise StoreError(f"store {directory} cannot be written ({exc.strerror}): give one of your own") from exc
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
