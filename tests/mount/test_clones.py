@@ -290,9 +290,9 @@ def test_copies_of_every_alignment(
     try:
         for fd, model in zip(files, models, strict=True):
             os.pwrite(fd, model, 0)
-        for number, (source, source_offset, target, target_offset, length) in enumerate(steps):
+        for number, (source, source_offset, target, target_offset, wanted) in enumerate(steps):
             old, new = models[source], models[target]
-            length = max(0, min(length, len(old) - source_offset))
+            length = max(0, min(wanted, len(old) - source_offset))
             if source == target and abs(source_offset - target_offset) < length:
                 continue  # the kernel refuses overlapping ranges
             done = 0
