@@ -50,7 +50,7 @@ def _line(finding: Finding, state: str) -> str:
 @click.option("--repair", is_flag=True, help="Mend what can be mended; pages that are lost give EIO afterwards.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of lines.")
 def fsck(store: str, repair: bool, as_json: bool) -> int:
-    r"""Check STORE, which must not be mounted, and name every damage.
+    """Check STORE, which must not be mounted, and name every damage.
 
     Writes nothing without --repair. A store that was not closed, because its daemon was killed or the
     machine went down, is not damaged: it is checked as the next mount will find it.
@@ -62,7 +62,7 @@ def fsck(store: str, repair: bool, as_json: bool) -> int:
       4  damage is left
       8  the check could not be made
       16 the command line is wrong
-    """
+    """  # noqa: D301 - click takes the backspace for "do not wrap"
     try:
         report = check_store(store, repair=repair)
     except (RamfsError, OSError) as exc:
