@@ -331,20 +331,28 @@ class Pager:
         return bool(self.images.replaced or self.images.doomed)
 
     async def collect(self) -> None:
-        """One garbage pass (store/garbage.py)."""
+        """One garbage pass (store/garbage.py). Syncs wait for the short parts of it only."""
+        in_thread = trio.to_thread.run_sync
         async with self._sync_lock:
             work = Pass(self.store)
             try:
-                await trio.to_thread.run_sync(work.scan)
-                work.decide()
-                await trio.to_thread.run_sync(work.reclaim)
-                work.finish()
+                await in_thread(work.settle)
             except BaseException:
                 work.give_up()
                 raise
             finally:
                 work.close()
-            self.images.trim()
+        try:
+            await in_thread(work.scan)
+            async with self._sync_lock:
+                await in_thread(work.rescan)
+                work.decide()
+            await in_thread(work.reclaim)
+            work.finish()
+        except BaseException:
+            work.give_up()
+            raise
+        self.images.trim()
 
     def undigested(self) -> list[Layer]:
         """Sealed layers whose digests are still to be made."""

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramfs.image.table import PageTable
-from ramfs.units import ZERO, ImageId, LayerId
+from ramfs.units import ZERO, LayerId
 
 
 class PageCounts(NamedTuple):
@@ -59,8 +59,3 @@ def _moved(table: PageTable, stop: int, places: Places) -> tuple[NDArray[np.int6
             pages.append(found)
             keys.append((found + shift).astype(np.uint64) | np.uint64(base << 32))
     return np.concatenate(pages), np.concatenate(keys)
-
-
-def exclusive_layers(users: Mapping[LayerId, set[ImageId]], image: ImageId) -> set[LayerId]:
-    """Of the layers in ``users`` (layer -> images that may name it), those that only ``image`` names."""
-    return {layer for layer, images in users.items() if images == {image}}

@@ -137,8 +137,8 @@ class Observer:
         names = [layer for layer in layers.by_id.values() if layer.base in bases]
         moved = {layer.base for layer in names if layer.is_alias}
         places = {layer.id: (layer.base, layer.shift) for layer in names if layer.base in moved}
-        relatives = set().union(*self.store.users_of({layer.id for layer in names}).values()) - {image.id}
-        own, others, total = image.path, [images.path(number) for number in sorted(relatives)], image.pages
+        others = [images.path(number) for number in images.naming([layer.id for layer in names]) if number != image.id]
+        own, total = image.path, image.pages
 
         def count() -> PageCounts:
             return count_pages(_table(own), total, (_table(path) for path in others if os.path.exists(path)), places)

@@ -297,6 +297,8 @@ class Check:
 
     def _check_tree(self) -> None:
         root = self.inodes.get(ROOT)
+        if not self.inodes and not self.names:
+            return  # new: the first mount makes the root
         if root is None or not stat.S_ISDIR(root["mode"]):
             self.note("root-missing", "/", fix=step("make_root"))
             if root is None:

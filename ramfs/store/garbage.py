@@ -2,13 +2,16 @@
 many small layers of one long-lived image are merged.
 
 A pass alternates between the loop, where nothing else happens meanwhile, and a worker thread, which reads
-only files. The caller holds the sync lock throughout, so durable tables stand still:
+only files. Where it says so the caller holds the sync lock, so that no durable table changes:
 
-    begin   loop     what to look at; from here on new users of a layer are noted
-    scan    thread   sync everything; read all tables that may name a candidate, current and durable
-    decide  loop     leave out what got a new user since; drop rows of layers without any user
-    reclaim thread   make that durable, then unlink and punch; copy pages of layers that are merged
-    finish  loop     live layers, page by page checked against the table as it is now; swing merged entries
+    begin    loop, locked     what to look at; from here on new users of a layer, and syncs, are noted
+    settle   thread, locked   sync everything
+    scan     thread           read all tables that may name a candidate, current and durable
+    rescan   thread, locked   read those again that were synced since
+    decide   loop, locked     leave out what got a new user since; drop rows of layers without any user;
+                              punch live layers, page by page checked against the table as it is now
+    reclaim  thread           make that durable, then unlink and punch; copy pages of layers that are merged
+    finish   loop             let tables name the merged layer
 
 A page of a sealed layer that no table names can never be named again, for a table entry is only ever made
 by writing to a live layer or by copying another entry; and the copying is noted.
@@ -18,19 +21,34 @@ import os
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ramfs.image.digest import DIGEST
-from ramfs.image.lineage import exclusive_layers
-from ramfs.image.table import Mask, runs_of
+from ramfs.image.table import CHUNK_SHIFT, Mask, PageTable, runs_of
 from ramfs.store.files import copy_range, punch_hole, stored_pages
-from ramfs.store.images import load_table
-from ramfs.store.layers import Layer
+from ramfs.store.images import Image, load_table
 from ramfs.store.store import Store
 from ramfs.units import PAGE, PAGE_SHIFT, ImageId, LayerId
 
 #: An image with more sealed layers of its own than this gets them merged into one.
 COLLAPSE_ABOVE: Final = 32
-_SLICE: Final = 1 << 16  # table entries looked at in one go
+#: Table entries looked at in one go: about a millisecond in which the loop waits for the interpreter.
+_SLICE: Final = 1 << 16
+#: Pages of layers looked at in one pass, a byte of memory for each; what is over waits for the next.
+_AT_ONCE: Final = 1 << 26
+_NOWHERE: Final = -(1 << 62)
+
+
+def _read_table(path: str) -> PageTable | None:
+    """The table in a file; None if there is no such file (any more)."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        return load_table(fd, path)[1]
+    finally:
+        os.close(fd)
 
 
 class Pass:
@@ -39,142 +57,125 @@ class Pass:
     def __init__(self, store: Store, *, collapse_above: int = COLLAPSE_ABOVE) -> None:
         self.store = store
         self.collapse_above = collapse_above
-        self.job = store.sync_all()
         images, layers = store.images, store.layers
-        self.candidates = {layers[n].base for n in images.replaced if n in layers.by_id}
-        images.replaced = set()
+        self.job = store.sync_all()
+        self.candidates: dict[LayerId, tuple[int, int]] = {}
+        """files to look at: where their pages begin and end in ``used``"""
+        waiting = {layers[n].base for n in images.replaced if n in layers.by_id}
+        images.replaced = self._take(waiting)
         images.shared_meanwhile = set()
+        images.synced_meanwhile = set()
         self.doomed_images = images.doomed
         images.doomed = set()
         # Every alias of a candidate names the candidate's pages too.
-        self.names: dict[LayerId, Layer] = {
-            layer.id: layer for layer in layers.by_id.values() if layer.base in self.candidates
-        }
-        self.users = store.users_of(set(self.names))
-        self.used: dict[LayerId, Mask] = {}
-        self.named: set[LayerId] = set()
+        self.names = {n: layer for n, layer in layers.by_id.items() if layer.base in self.candidates}
+        highest = max(layers.by_id, default=0) + 1
+        self._named = np.zeros(highest, np.bool_)
+        self._start: NDArray[np.int64] = np.full(highest, _NOWHERE)
+        self._stop: NDArray[np.int64] = np.zeros(highest, np.int64)
+        for number, layer in self.names.items():
+            start, stop = self.candidates[layer.base]
+            self._start[number], self._stop[number] = start + layer.shift, stop
+        self.users = images.naming(self.names)
         self.garbage: dict[LayerId, list[tuple[int, int]]] = {}
         self.sealed: set[LayerId] = set()
         self.doomed: set[LayerId] = set()
         self.merge: Merge | None = None
 
-    # -- thread
-
-    def scan(self) -> None:
-        """Sync, then find the stored pages of the candidates that no table names."""
-        self.job.run()
-        for layer in self.candidates:
+    def _take(self, waiting: set[LayerId]) -> set[LayerId]:
+        """Take as many candidates as fit, at least one; returns the others."""
+        end = 0
+        for number in sorted(waiting):
             try:
-                size = os.path.getsize(self.store.layers.path(layer))
+                size = os.path.getsize(self.store.layers.path(number)) >> PAGE_SHIFT
             except FileNotFoundError:
                 size = 0  # fsck's to tell: here it has nothing to give back
-            self.used[layer] = np.zeros(size >> PAGE_SHIFT, np.bool_)
-        for image in sorted(set().union(*self.users.values())):
-            for suffix in ("map", "durable"):
-                self._scan_table(self.store.images.path(image, suffix))
-        for number, used in self.used.items():
-            if not len(used):
-                self.garbage[number] = []
-                continue
-            fd = os.open(self.store.layers.path(number), os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                stored = stored_pages(fd)[: len(used)]
-            finally:
-                os.close(fd)
-            self.garbage[number] = list(runs_of(stored & ~used[: len(stored)]))
+            if end and end + size > _AT_ONCE:
+                break
+            self.candidates[number] = (end, end + size)
+            end += size
+        self.used: Mask = np.zeros(end, np.bool_)
+        return waiting - self.candidates.keys()
 
-    def _scan_table(self, path: str) -> None:
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return  # no durable copy yet, or a frozen image, or deleted since
-        try:
-            _, table = load_table(fd, path)
-        finally:
-            os.close(fd)
-        for first, stop in table.regions():
-            for low in range(first, stop, _SLICE):
-                entries = table.entries[low : min(low + _SLICE, stop)]
-                for number in np.unique(entries).tolist():
-                    layer = self.names.get(number)
-                    if layer is None:
-                        continue
-                    self.named.add(number)
-                    where = np.flatnonzero(entries == number) + (low + layer.shift)
-                    used = self.used[layer.base]
-                    used[where[where < len(used)]] = True
+    # -- thread
+
+    def settle(self) -> None:
+        """Make everything durable, so that durable tables name little that current ones do not."""
+        self.job.run()
+
+    def scan(self) -> None:
+        """Find the stored pages of the candidates that no table names."""
+        for image in self.users:
+            self._scan_image(image)
+
+    def rescan(self) -> None:
+        """Look again at the images that were synced during the scan: their durable tables are others now."""
+        for image in (self.store.images.synced_meanwhile or set()).intersection(self.users):
+            self._scan_image(image)
+        for number, (start, stop) in self.candidates.items():
+            if start < stop:
+                fd = os.open(self.store.layers.path(number), os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    stored = stored_pages(fd)[: stop - start]
+                finally:
+                    os.close(fd)
+                self.garbage[number] = list(runs_of(stored & ~self.used[start : start + len(stored)]))
+
+    def _scan_image(self, image: ImageId) -> None:
+        for suffix in ("map", "durable"):  # a durable table is missing until the first sync, or frozen for good
+            table = _read_table(self.store.images.path(image, suffix))
+            if table is None:
+                continue
+            for first, stop in table.regions():
+                for low in range(first, stop, _SLICE):
+                    self._scan_entries(low, table.entries[low : min(low + _SLICE, stop)])
+
+    def _scan_entries(self, low: int, entries: NDArray[np.uint32]) -> None:
+        entries = np.where(entries < len(self._named), entries, 0)  # made since the pass began: no candidates
+        self._named[entries] = True
+        places = self._start[entries] + np.arange(low, low + len(entries))
+        self.used[places[(places >= 0) & (places < self._stop[entries])]] = True
 
     # -- loop
 
     def decide(self) -> None:
-        """Drop what got a new user since; forget layers that nobody names."""
+        """Drop what got a new user since; forget layers that nobody names; punch live layers."""
         store, images = self.store, self.store.images
         shared = {store.layers[n].base for n in images.shared_meanwhile or () if n in store.layers.by_id}
-        for number in shared & self.candidates:
-            del self.garbage[number]
+        for number in shared & self.candidates.keys():
+            self.garbage.pop(number, None)
             images.replaced.add(number)
-        named_bases = {self.names[n].base for n in self.named} | shared
+        used_files = {layer.base for n, layer in self.names.items() if self._named[n]} | shared
         doomed = [
             layer
-            for layer in self.names.values()
-            if layer.sealed and layer.base not in shared and layer.id not in self.named
-            and (layer.is_alias or layer.base not in named_bases)
+            for n, layer in self.names.items()
+            if layer.sealed and layer.base not in shared and not self._named[n]
+            and (layer.is_alias or layer.base not in used_files)
         ]  # fmt: skip
-        doomed.sort(key=lambda layer: not layer.is_alias)  # rows of aliases refer to their base's
+        kept_aliases = {layer.base for layer in store.layers.by_id.values() if layer.is_alias} - {
+            layer.base for layer in doomed if not layer.is_alias
+        }
         with store.catalog.transaction():
-            for layer in doomed:
-                if not layer.is_alias and any(
-                    other.base == layer.id and other is not layer for other in store.layers.by_id.values()
-                ):
+            for layer in sorted(doomed, key=lambda layer: not layer.is_alias):  # aliases refer to their base's row
+                if layer.id in kept_aliases:
                     continue
                 store.layers.forget(layer)
                 if not layer.is_alias:
                     self.doomed.add(layer.id)
+                    store.layers.close_file(layer.id)
                     self.garbage.pop(layer.id, None)
-            # One that is sealed from now on may meanwhile have taken pages where garbage was found.
-            self.sealed = {number for number in self.garbage if store.layers[number].sealed}
-            images.forget_layers({layer.id for layer in doomed if layer.id not in store.layers.by_id}, self.users)
+            images.forget_layers({layer.id for layer in doomed} - store.layers.by_id.keys(), self.users)
+        # One that is sealed from now on may meanwhile have taken pages where garbage was found.
+        self.sealed = {number for number in self.garbage if store.layers[number].sealed}
+        for number in self.garbage.keys() - self.sealed:
+            self._punch_live(number)
+        images.synced_meanwhile = None
         self.merge = Merge.find(store, self.collapse_above)
-
-    # -- thread
-
-    def reclaim(self) -> None:
-        """Give the space back on disk."""
-        store = self.store
-        store.catalog.sync()
-        for number in self.doomed_images:
-            store.images.unlink_files(number)
-        for layer in self.sealed:
-            runs = self.garbage[layer]
-            if runs:
-                fd = os.open(store.layers.path(layer), os.O_RDWR | os.O_CLOEXEC)
-                try:
-                    for first, stop in runs:
-                        punch_hole(fd, first << PAGE_SHIFT, (stop - first) << PAGE_SHIFT)
-                finally:
-                    os.close(fd)
-        if self.merge is not None:
-            self.merge.copy()
-
-    # -- loop
-
-    def finish(self) -> None:
-        """Remove files of forgotten layers, punch live layers, let tables name the merged layer."""
-        store = self.store
-        for number in self.doomed:
-            store.layers.remove_files(number)
-        for layer in self.garbage.keys() - self.sealed:
-            if self.garbage[layer]:
-                self._punch_live(layer)
-        if self.merge is not None:
-            self.merge.swing(store.images.shared_meanwhile or set())
-        store.images.shared_meanwhile = None
 
     def _punch_live(self, live: LayerId) -> None:
         images, layers = self.store.images, self.store.layers
         row = self.store.catalog.row("SELECT id FROM images WHERE live = ?", live)
-        if row is None:
-            images.replaced.add(live)  # sealed since the pass began: the next one looks at it
+        if row is None or not self.garbage[live]:
             return
         image = images.acquire(row["id"])
         try:
@@ -188,13 +189,43 @@ class Pass:
         finally:
             images.release(image)
 
+    # -- thread
+
+    def reclaim(self) -> None:
+        """Give the space back on disk."""
+        store = self.store
+        store.catalog.sync()
+        for image in self.doomed_images:
+            store.images.unlink_files(image)
+        for number in self.doomed:
+            store.layers.unlink_files(number)
+        for layer in self.sealed:
+            if self.garbage[layer]:
+                fd = os.open(store.layers.path(layer), os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    for first, stop in self.garbage[layer]:
+                        punch_hole(fd, first << PAGE_SHIFT, (stop - first) << PAGE_SHIFT)
+                finally:
+                    os.close(fd)
+        if self.merge is not None:
+            self.merge.copy()
+
+    # -- loop
+
+    def finish(self) -> None:
+        """Let tables name the merged layer."""
+        images = self.store.images
+        if self.merge is not None:
+            self.merge.swing(images.shared_meanwhile or set())
+        images.shared_meanwhile = None
+
     def give_up(self) -> None:
         """After an exception in any step: nothing counts as looked at."""
         images = self.store.images
         self.job.failed()
-        images.replaced |= self.candidates
+        images.replaced |= self.candidates.keys()
         images.doomed |= self.doomed_images
-        images.shared_meanwhile = None
+        images.shared_meanwhile = images.synced_meanwhile = None
 
     def close(self) -> None:
         """Close what the pass opened; always call it."""
@@ -204,8 +235,9 @@ class Pass:
 class Merge:
     """The sealed layers of one image alone, on their way into the largest of them.
 
-    The pages are copied first; entries swing after that, one by one valid at any time. The emptied layers
-    are garbage for the next pass, when the durable table no longer names them either.
+    Pages are copied first; entries swing after that, one by one valid at any time. Only pages move that the
+    current and the durable table find in the same source: no table finds anything at their new places yet.
+    The emptied layers are garbage for the next pass, when the durable table no longer names them either.
     """
 
     def __init__(self, store: Store, image: ImageId, layers: list[LayerId]) -> None:
@@ -213,32 +245,42 @@ class Merge:
         self.image = image
         self.target = max(layers, key=lambda n: os.stat(store.layers.path(n)).st_blocks)
         self.sources = [n for n in layers if n != self.target]
+        self.copied: list[tuple[NDArray[np.int64], LayerId]] = []
+        """page numbers, and the source that they were copied from"""
 
     @classmethod
     def find(cls, store: Store, above: int) -> "Merge | None":
         """An image worth it, if there is one."""
-        users = store.users_of({n for n, layer in store.layers.by_id.items() if layer.sealed and layer.digested})
-        shifted = {layer.base for layer in store.layers.by_id.values() if layer.is_alias}
-        for image in sorted({min(images) for images in users.values() if len(images) == 1}):
-            mine = exclusive_layers(users, image) - shifted
-            mine = {n for n in mine if not store.layers[n].is_alias}
+        layers = store.layers.by_id.values()
+        records = store.images.records()
+        named = np.concatenate([np.zeros(0, np.uint32), *(record for _, record in records)])
+        highest = max(int(named.max(initial=0)), *store.layers.by_id, 0) + 1
+        alone = np.bincount(named, minlength=highest) == 1
+        fit = np.zeros(highest, np.bool_)
+        fit[[layer.id for layer in layers if layer.sealed and layer.digested]] = True
+        fit[[n for layer in layers if layer.is_alias for n in (layer.id, layer.base)]] = False
+        for image, record in records:
+            mine = record[(alone & fit)[record]]
             if len(mine) > above:
-                return cls(store, image, sorted(mine))
+                return cls(store, image, [LayerId(n) for n in mine.tolist()])
         return None
 
     def copy(self) -> None:
-        """Copy the pages that the table names in the sources to their places in the target (thread)."""
-        store = self.store
-        path = store.images.path(self.image)
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            _, table = load_table(fd, path)
-        finally:
-            os.close(fd)
+        """Copy pages to their places in the target (thread)."""
+        layers, images = self.store.layers, self.store.images
+        table = _read_table(images.path(self.image))
+        if table is None:
+            return
+        durable = _read_table(images.path(self.image, "durable"))
+        settled = np.ones(table.capacity, np.bool_)
+        if durable is not None:
+            shorter = min(table.capacity, durable.capacity)
+            settled[:shorter] = table.entries[:shorter] == durable.entries[:shorter]
+            settled[shorter:] = False
         opened: list[int] = []
 
         def open_file(number: LayerId, suffix: str, flags: int) -> int:
-            opened.append(os.open(store.layers.path(number, suffix), flags | os.O_CLOEXEC))
+            opened.append(os.open(layers.path(number, suffix), flags | os.O_CLOEXEC))
             return opened[-1]
 
         try:
@@ -247,10 +289,12 @@ class Merge:
             for number in self.sources:
                 source, hashes = open_file(number, "ram", os.O_RDONLY), open_file(number, "xxh3", os.O_RDONLY)
                 for first, stop in table.regions():
-                    for a, b in runs_of(table.entries[first:stop] == number):
+                    moved = (table.entries[first:stop] == number) & settled[first:stop]
+                    for a, b in runs_of(moved):
                         low, count = first + a, b - a
                         copy_range(source, low * PAGE, target, low * PAGE, count * PAGE)
                         copy_range(hashes, low * DIGEST, digests, low * DIGEST, count * DIGEST)
+                    self.copied.append((np.flatnonzero(moved) + first, number))
                 os.close(opened.pop())
                 os.close(opened.pop())
             os.fdatasync(target)
@@ -262,22 +306,25 @@ class Merge:
     def swing(self, shared: set[LayerId]) -> None:
         """Let the table name the target (loop), unless one of the layers got another user meanwhile."""
         images = self.store.images
-        if not shared.isdisjoint([self.target, *self.sources]) or self.image in images.doomed:
-            images.replaced.add(self.target)  # which has got pages that no table names
+        images.replaced |= {self.target, *self.sources}  # pages without a name: in these if it is done, else in it
+        if not shared.isdisjoint([self.target, *self.sources]):
             return
         if self.store.catalog.row("SELECT id FROM images WHERE id = ?", self.image) is None:
             return
         image = images.acquire(self.image)
         try:
-            sources = np.array(self.sources, np.uint32)
-            for first, stop in image.table.regions():
-                part = image.table.entries[first:stop]
-                moved = np.isin(part, sources)
-                if moved.any():
-                    part[moved] = self.target
-                    image.table.mark(first, stop)
-                    image.store_entries(first, stop)
-            image.synced_name = image.synced_name and not image.frozen  # a frozen table is synced in place
-            images.replaced |= set(self.sources)
+            self._swing(image)
         finally:
             images.release(image)
+
+    def _swing(self, image: Image) -> None:
+        table = image.table
+        changed = np.zeros_like(table.touched)
+        for pages, source in self.copied:
+            moved = pages[table.entries[pages] == source]
+            table.entries[moved] = self.target
+            changed[moved >> CHUNK_SHIFT] = True
+        for first, stop in table.regions(changed):
+            table.mark(first, stop)
+            image.store_entries(first, stop)
+        image.synced_name = image.synced_name and not image.frozen  # a frozen table is synced in place

@@ -14,7 +14,7 @@ import contextlib
 import os
 import struct
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -260,6 +260,8 @@ class Images:
         """while garbage is being looked for: layers that got a new user since the search began"""
         self.replaced: set[LayerId] = set()
         """layers that lost a user: where garbage may be"""
+        self.synced_meanwhile: set[ImageId] | None = None
+        """while garbage is being looked for: images whose durable table was, or is being, replaced"""
         self.doomed: set[ImageId] = set()
         """deleted images whose files are still there; they go once the deletion is durable"""
         self._open: dict[ImageId, Image] = {}
@@ -413,15 +415,28 @@ class Images:
             del self._open[number]
             image.close()
 
-    def forget_layers(self, gone: set[LayerId], users: dict[LayerId, set[ImageId]]) -> None:
-        """Strike layers that no table names from the record of the images that might have. In a transaction."""
-        for number in set().union(*(users[layer] for layer in gone)):
+    def records(self) -> list[tuple[ImageId, Entries]]:
+        """For each image, the layers that its table may name."""
+        rows = self.catalog.execute("SELECT id, layers FROM images").fetchall()
+        return [(row["id"], np.frombuffer(row["layers"], "<u4")) for row in rows]
+
+    def naming(self, layers: Collection[LayerId]) -> list[ImageId]:
+        """The images whose tables may name one of ``layers``."""
+        records = self.records()
+        wanted = np.zeros(max((int(record.max(initial=0)) for _, record in records), default=0) + 1, np.bool_)
+        wanted[[number for number in layers if number < len(wanted)]] = True
+        return [image for image, record in records if wanted[record].any()]
+
+    def forget_layers(self, gone: set[LayerId], users: Iterable[ImageId]) -> None:
+        """Strike layers that no table names from the records of ``users``. In a transaction."""
+        for number in users if gone else ():
             row = self.catalog.row("SELECT layers FROM images WHERE id = ?", number)
-            if row is not None:
-                left = unpack_layers(row["layers"]) - gone
-                self.catalog.execute("UPDATE images SET layers = ? WHERE id = ?", pack_layers(left), number)
+            layers = set() if row is None else unpack_layers(row["layers"])
+            if not layers.isdisjoint(gone):
+                layers -= gone
+                self.catalog.execute("UPDATE images SET layers = ? WHERE id = ?", pack_layers(layers), number)
                 if number in self._open:
-                    self._open[number].layers = left
+                    self._open[number].layers = layers
 
     def trim(self) -> None:
         """Close images that only a missing sync kept open."""
@@ -449,6 +464,8 @@ class Images:
         wanted: set[LayerId] = set()
         for image in images:
             wanted |= image.layers
+            if self.synced_meanwhile is not None:
+                self.synced_meanwhile.add(image.id)
             if image.frozen:
                 self._collect_frozen(job, image)
             elif image.header_stale or (image._table is not None and image._table.stale.any()):

@@ -234,16 +234,17 @@ class Layers:
             oldest = next(iter(self._files.values()))
             if oldest.view is not None:
                 self.retired.append(oldest.view)
-            self._close(next(iter(self._files)))
+            self.close_file(next(iter(self._files)))
 
-    def _close(self, number: LayerId) -> None:
+    def close_file(self, number: LayerId) -> None:
+        """Close the file of a layer, if it is open."""
         file = self._files.pop(number, None)
         if file is not None:
             self._unmap(file)
             file.close()
 
     def forget(self, layer: Layer) -> None:
-        """Remove the row of a layer that no table names. In a transaction; :meth:`remove_files` once it is durable."""
+        """Remove the row of a layer that no table names. In a transaction; :meth:`unlink_files` once it is durable."""
         self.catalog.execute("DELETE FROM layers WHERE id = ?", layer.id)
         self._drop(layer)
         self.catalog.on_rollback(lambda: self._add(layer))
@@ -255,8 +256,12 @@ class Layers:
 
     def remove_files(self, layer: LayerId) -> None:
         """Remove the files of a layer whose row is gone."""
+        self.close_file(layer)
+        self.unlink_files(layer)
+
+    def unlink_files(self, layer: LayerId) -> None:
+        """Remove the files of a layer that is closed (any thread)."""
         self.unsynced_names.discard(layer)
-        self._close(layer)
         for suffix in ("ram", "xxh3"):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path(layer, suffix))
@@ -286,4 +291,4 @@ class Layers:
         """Close all files."""
         self.retired.clear()
         for number in list(self._files):
-            self._close(number)
+            self.close_file(number)

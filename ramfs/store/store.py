@@ -30,11 +30,10 @@ from ramfs.store.images import (
     pack_header,
     table_length,
     unpack_header,
-    unpack_layers,
 )
 from ramfs.store.layers import Layers
 from ramfs.store.lock import StoreLock
-from ramfs.units import ZERO, ImageId, LayerId, pages
+from ramfs.units import ZERO, LayerId, pages
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _PARTS: Final = ("layers", "tables")
@@ -107,13 +106,7 @@ class Store:
                 catalog.set_meta("created", time.time_ns())
         elif not catalog.meta("clean"):
             if catalog.meta("boot_id") == now:
-                fd = os.open(self.directory, os.O_RDONLY)
-                try:
-                    if _libc.syncfs(fd):
-                        code = ctypes.get_errno()
-                        raise StoreError(f"store {self.directory} cannot be synced: {os.strerror(code)}")
-                finally:
-                    os.close(fd)
+                self._sync_files()
                 self._replace_tables("map", "durable")
             else:
                 self._settle_durable()
@@ -126,6 +119,16 @@ class Store:
             catalog.set_meta("clean", 0)
         sync_directory(self.directory)
         catalog.sync()
+
+    def _sync_files(self) -> None:
+        """Flush the page cache of the store's file system, the ``.map`` of every image in it."""
+        fd = os.open(self.directory, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if _libc.syncfs(fd):
+                code = ctypes.get_errno()
+                raise StoreError(f"store {self.directory} cannot be synced: {os.strerror(code)}")
+        finally:
+            os.close(fd)
 
     def _replace_tables(self, source: str, target: str) -> None:
         """Let every writable image's ``target`` table file be a copy of its ``source``."""
@@ -245,6 +248,7 @@ class Store:
                 raise
             finally:
                 job.close()
+            self._sync_files()  # from now on .map counts, which no sync before has written
             with self.catalog.transaction():
                 self.catalog.set_meta("clean", 1)
                 self.catalog.set_meta("garbage", int(bool(self.images.replaced or self.images.doomed)))
@@ -268,14 +272,6 @@ class Store:
     def statvfs(self) -> os.statvfs_result:
         """The file system of the store. OSError when it is gone."""
         return os.statvfs(self.layers.directory)
-
-    def users_of(self, layers: set[LayerId]) -> dict[LayerId, set[ImageId]]:
-        """For each of ``layers``: the images whose tables may name it."""
-        users: dict[LayerId, set[ImageId]] = {layer: set() for layer in layers}
-        for row in self.catalog.execute("SELECT id, layers FROM images"):
-            for layer in unpack_layers(row["layers"]) & layers:
-                users[layer].add(row["id"])
-        return users
 
 
 def _is_hex(text: str) -> bool:

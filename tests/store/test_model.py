@@ -281,7 +281,7 @@ class StoreMachine(RuleBasedStateMachine):
         for model in self.model.values():
             model.synced()
 
-    @rule(name=files, offset=offsets, length=lengths, kinds=contents, freeze=st.booleans(), step=st.integers(0, 2))
+    @rule(name=files, offset=offsets, length=lengths, kinds=contents, freeze=st.booleans(), step=st.integers(0, 4))
     def collect_meanwhile(
         self, name: bytes, offset: int, length: int, kinds: list[int], freeze: bool, step: int
     ) -> None:
@@ -289,7 +289,7 @@ class StoreMachine(RuleBasedStateMachine):
         work = Pass(self.store, collapse_above=1)
         for model in self.model.values():
             model.synced()
-        for number, part in enumerate((work.scan, work.decide, work.reclaim, work.finish)):
+        for number, part in enumerate((work.settle, work.scan, work.rescan, work.decide, work.reclaim, work.finish)):
             part()
             if number == step:
                 self.write(name, offset, length, kinds)
@@ -310,7 +310,7 @@ class StoreMachine(RuleBasedStateMachine):
     def merge(self) -> None:
         self.digest()
         work = Pass(self.store, collapse_above=1)
-        for part in (work.scan, work.decide, work.reclaim, work.finish):
+        for part in (work.settle, work.scan, work.rescan, work.decide, work.reclaim, work.finish):
             part()
         work.close()
         for model in self.model.values():
