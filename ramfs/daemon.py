@@ -112,7 +112,7 @@ class Daemon:
         refused = tuning.tune(device)
         if refused:
             log.warning(
-                "cannot set %s of the mount (needs root): guests that dirty much memory will be held back",
+                "cannot set %s of the mount: guests that dirty much memory will be held back",
                 ", ".join(refused),
             )
         self.observer.connection = Session.connection()

@@ -33,7 +33,7 @@ static PyObject *handlers[HANDLERS];
 
 static unsigned max_background = 64, max_readahead = 1 << 20, max_write = 1 << 20;
 static long spin_ns = 0;     /* how long to look for the next request before going back to the loop */
-static unsigned burst = 256; /* requests answered before other tasks of the loop get their turn */
+static unsigned burst = 64; /* requests answered before other tasks of the loop get their turn: 20 ms of the largest */
 
 static struct fuse_session *session;
 static struct fuse_lowlevel_ops theirs; /* pyfuse3's operations */

@@ -4,11 +4,9 @@ Without it a guest that dirties its memory is held back to a fraction of the mem
 128 KiB only. Needs root; docs/architecture.md has the figures.
 """
 
-import logging
+import errno
 import os
 from typing import Final
-
-log = logging.getLogger(__name__)
 
 #: KiB read around a fault. Copied into a file when it is opened, so it is set before anything is.
 READ_AHEAD_KB: Final = 512
@@ -16,7 +14,7 @@ _WANTED: Final = (("read_ahead_kb", str(READ_AHEAD_KB)), ("strict_limit", "0"), 
 
 
 def tune(device: int, wanted: tuple[tuple[str, str], ...] = _WANTED) -> list[str]:
-    """Set the limits of the mount whose st_dev is ``device``. Returns the names of those that could not be set."""
+    """Set the limits of the mount whose st_dev is ``device``. Returns those that could not be set, and why."""
     directory = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}"
     refused = []
     for name, value in wanted:
@@ -24,6 +22,6 @@ def tune(device: int, wanted: tuple[tuple[str, str], ...] = _WANTED) -> list[str
             with open(f"{directory}/{name}", "w") as file:
                 file.write(value)
         except OSError as exc:
-            log.debug("%s/%s: %s", directory, name, exc)
-            refused.append(name)
+            # strict_limit came with Linux 6.2
+            refused.append(f"{name} ({'this kernel lacks it' if exc.errno == errno.ENOENT else 'needs root'})")
     return refused
