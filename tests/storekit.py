@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -12,11 +13,17 @@ import trio
 from ramfs.image.table import PageTable
 from ramfs.namespace import Caller, Namespace
 from ramfs.pager import Pager
+from ramfs.store.garbage import Pass
 from ramfs.store.images import Image
 from ramfs.store.store import Store
 from ramfs.units import ROOT, SNAP_BIT, InodeNumber, LayerId
 
 ME = Caller(0, 0, os.getpid())
+
+
+def steps_of(work: Pass) -> tuple[Callable[[], None], ...]:
+    """The steps of a garbage pass after its making, in their order."""
+    return work.settle, work.scan, work.rescan, work.decide, work.reclaim, work.finish
 
 
 class Kit:
@@ -136,6 +143,14 @@ class Kit:
         self.forget()
         for _ in range(passes):
             trio.run(self.pager.collect)
+
+    def merge(self, above: int = 1) -> None:
+        """A garbage pass that merges layers of any image that has more than `above` of its own."""
+        self.forget()
+        work = Pass(self.store, collapse_above=above)
+        for step in steps_of(work):
+            step()
+        work.close()
 
     def forget(self) -> None:
         """The kernel lets go of all inodes."""

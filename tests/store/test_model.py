@@ -16,9 +16,10 @@ import hypothesis.strategies as st
 import trio
 from hypothesis import settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+from storekit import ME
 
 from ramfs.image.table import equal_runs
-from ramfs.namespace import Caller, Inode, Namespace
+from ramfs.namespace import Inode, Namespace
 from ramfs.pager import Pager
 from ramfs.store.garbage import Pass
 from ramfs.store.images import Image
@@ -29,7 +30,6 @@ from ramfs.units import PAGE, ROOT, SNAP_BIT, InodeNumber
 EXAMPLES = int(os.environ.get("RAMFS_MODEL_EXAMPLES", "60"))
 #: A table chunk is 1024 pages: files reach a little beyond one, and the pages around its end are busiest.
 LARGEST = 1027 * PAGE
-ME = Caller(0, 0, os.getpid())
 
 pages = st.one_of(st.integers(0, 6), st.integers(1021, 1026))
 offsets = st.builds(lambda page, within: page * PAGE + within, pages, st.sampled_from((0, 0, 1, 100, 4095)))
