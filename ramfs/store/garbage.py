@@ -17,6 +17,7 @@ A page of a sealed layer that no table names can never be named again, for a tab
 by writing to a live layer or by copying another entry; and the copying is noted.
 """
 
+import contextlib
 import os
 from typing import Final
 
@@ -226,6 +227,9 @@ class Pass:
         images.replaced |= self.candidates.keys()
         images.doomed |= self.doomed_images
         images.shared_meanwhile = images.synced_meanwhile = None
+        for number in self.doomed:  # their rows are gone: no later pass would find them
+            with contextlib.suppress(OSError):
+                self.store.layers.unlink_files(number)
 
     def close(self) -> None:
         """Close what the pass opened; always call it."""
