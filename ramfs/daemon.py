@@ -168,6 +168,7 @@ class Daemon:
                 if self.pager.has_garbage():
                     await self.pager.collect()
                     self.observer.counters.garbage_passes += 1
+                self.pager.store.reserve.keep()
             except Exception as exc:  # noqa: BLE001  (guests live on the daemon: nothing in the background ends it)
                 _tell("housekeeping of the store failed, will try again", exc)
                 await trio.sleep(CHECKPOINT)

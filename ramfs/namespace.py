@@ -230,7 +230,7 @@ class Namespace:
         if inode.image is not None:
             self.images.release(inode.image)
         if inode.nlink == 0 and not inode.is_snap:
-            with self.catalog.transaction():
+            with self.catalog.transaction(frees=True):
                 self._destroy(inode.ino, None if inode.image is None else inode.image.id)
 
     def _destroy(self, ino: InodeNumber, image: ImageId | None) -> None:
@@ -375,7 +375,7 @@ class Namespace:
         inode = self.lookup(parent, name)
         if inode.is_dir:
             raise FileError(errno.EISDIR)
-        with self.catalog.transaction():
+        with self.catalog.transaction(frees=True):
             self._remove_name(parent, name, inode)
             self._touch(directory)
         self.let_go(inode)
@@ -393,7 +393,7 @@ class Namespace:
             raise FileError(errno.EBUSY)
         inode = self.lookup(parent, name)
         self._check_empty(inode)
-        with self.catalog.transaction():
+        with self.catalog.transaction(frees=True):
             self._remove_name(parent, name, inode)
             self._touch(directory, links=-1)
         self._drop_aliases(inode.ino)
@@ -711,7 +711,7 @@ class Namespace:
         if self._find(snap, name) is None:
             raise FileError(errno.ENOENT)
         inode = self.lookup(snap, name)
-        with self.catalog.transaction():
+        with self.catalog.transaction(frees=True):
             self.catalog.execute("DELETE FROM names WHERE parent = ? AND name = ?", snap, name)
             self._destroy_tree(inode.ino)
         self.let_go(inode)
@@ -740,7 +740,7 @@ class Frozen:
     def abort(self) -> None:
         """Remove it."""
         self._end()
-        with self._namespace.catalog.transaction():
+        with self._namespace.catalog.transaction(frees=True):
             self._namespace._destroy_tree(self._top)
 
     def _end(self) -> None:

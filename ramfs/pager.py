@@ -316,6 +316,8 @@ class Pager:
     async def sync(self, images: Iterable[Image] | None = None) -> None:
         """Make images (all that changed, by default) durable as they are now. Raises OSError."""
         async with self._sync_lock:
+            if images is None:
+                self.store.reserve.make_room()
             job = self.store.sync_all() if images is None else self.images.sync_job(images)
             try:
                 await trio.to_thread.run_sync(job.run)
@@ -334,6 +336,7 @@ class Pager:
         """One garbage pass (store/garbage.py). Syncs wait for the short parts of it only."""
         in_thread = trio.to_thread.run_sync
         async with self._sync_lock:
+            self.store.reserve.make_room()
             work = Pass(self.store)
             try:
                 await in_thread(work.settle)

@@ -78,7 +78,7 @@ def parse_clone(command: bytes) -> tuple[bytes, bytes, bytes]:
     try:
         clone = json.loads(command)["clone"]
         source, parent, name = (os.fsencode(clone[key]) for key in ("source", "parent", "name"))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise FileError(errno.EINVAL) from None
     if not name or b"/" in name or name in (b".", b"..") or b"\0" in source + parent + name:
         raise FileError(errno.EINVAL)

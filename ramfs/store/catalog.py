@@ -90,6 +90,7 @@ class Catalog:
         self._depth = 0
         self._undo: list[Callable[[], object]] = []
         self._wal = -1
+        self.make_room: Callable[[], None] = lambda: None
         try:
             # One daemon for each store, so the lock is taken once and the shared-memory index is not needed.
             self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
@@ -134,10 +135,11 @@ class Catalog:
         self._db.close()
 
     @contextmanager
-    def transaction(self) -> Iterator[None]:
+    def transaction(self, *, frees: bool = False) -> Iterator[None]:
         """All changes inside happen or none; nests (the outermost commits).
 
-        What is kept in memory of the rows must go back with them: see :meth:`on_rollback`.
+        What is kept in memory of the rows must go back with them: see :meth:`on_rollback`. One that ``frees``
+        space may take it from the store's reserve.
         """
         if self._depth:
             self._depth += 1
@@ -146,6 +148,8 @@ class Catalog:
             finally:
                 self._depth -= 1
             return
+        if frees:
+            self.make_room()
         self._db.execute("BEGIN IMMEDIATE")
         self._depth = 1
         try:

@@ -33,6 +33,7 @@ from ramfs.store.images import (
 )
 from ramfs.store.layers import Layers
 from ramfs.store.lock import StoreLock
+from ramfs.store.reserve import Reserve
 from ramfs.units import ZERO, LayerId, pages
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
@@ -53,6 +54,8 @@ class Store:
         self.directory = os.path.abspath(directory)
         self._prepare(create)
         self.lock = StoreLock(self.directory, purpose)
+        self.reserve = Reserve(self.directory)
+        self.reserve.make_room()
         try:
             path = os.path.join(self.directory, "catalog.sqlite")
             fresh = create and not (os.path.exists(path) and os.path.getsize(path))
@@ -64,11 +67,13 @@ class Store:
         try:
             self.layers = Layers(os.path.join(self.directory, "layers"), self.catalog)
             self.images = Images(os.path.join(self.directory, "tables"), self.catalog, self.layers)
+            self.catalog.make_room = self.reserve.make_room
             self._recover(fresh)
         except BaseException:
             self.catalog.close()
             self.lock.release()
             raise
+        self.reserve.keep()
 
     def _prepare(self, create: bool) -> None:
         try:
@@ -85,7 +90,7 @@ class Store:
             return
         if any(part in names and os.listdir(os.path.join(self.directory, part)) for part in _PARTS):
             raise StoreDamaged(f"store {self.directory} has lost its catalog.sqlite; restore it from a copy")
-        if not create or not set(names) <= {"lock", "lost+found", "catalog.sqlite", *_PARTS}:
+        if not create or not set(names) <= {"lock", "lost+found", "catalog.sqlite", "reserve", *_PARTS}:
             raise StoreError(f"{self.directory} is not a ramfs store and not empty: give an empty or new directory")
 
     def _prepare_parts(self, fresh: bool) -> None:
@@ -239,6 +244,7 @@ class Store:
 
     def close(self) -> None:
         """Make everything durable and close. Raises OSError if the disk refuses; then the store is not clean."""
+        self.reserve.make_room()
         try:
             job = self.images.sync_job(self.images.open_images())
             try:

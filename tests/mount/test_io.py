@@ -216,14 +216,25 @@ def test_a_write_beyond_the_end_fills_with_zeros(here: Path) -> None:
     assert path.read_bytes() == b"abc" + bytes(2 * PAGE + 2) + b"x"
 
 
-def test_the_largest_file(here: Path) -> None:
-    with opened(here / "f", os.O_RDWR | os.O_CREAT) as fd:
+def test_the_largest_file(mounted: Mount) -> None:
+    path = mounted.path / "f"
+    with opened(path, os.O_RDWR | os.O_CREAT) as fd:
         os.ftruncate(fd, MAX_FILE_SIZE)
         assert os.fstat(fd).st_size == MAX_FILE_SIZE
         os.pwrite(fd, b"!", MAX_FILE_SIZE - 1)
         assert os.pread(fd, 10, MAX_FILE_SIZE - 2) == b"\0!"
+    (mounted.path / ".snap" / "s").mkdir()
+    with opened(path) as fd:
         os.ftruncate(fd, 1)
         assert os.pread(fd, 10, 0) == b"\0"
+    assert read(mounted.path / ".snap" / "s" / "f", MAX_FILE_SIZE - 1) == b"!"
+    # Looking for garbage in it takes no memory for its holes.
+    (mounted.path / ".snap" / "s").rmdir()
+    eventually(lambda: status(mounted.path)["requests"]["garbage_passes"] > 0, "a garbage pass")
+    eventually(lambda: status(mounted.path)["store_bytes"]["layers"] == 0, "its page is free")
+    assert status(mounted.path)["memory_bytes"] < 300 << 20
+    mounted.restart()
+    assert path.read_bytes() == b"\0"
 
 
 @pytest.mark.parametrize("size", [MAX_FILE_SIZE + 1, 1 << 60, (1 << 63) - 1])

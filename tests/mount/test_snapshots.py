@@ -265,9 +265,9 @@ def test_a_hard_link_out_of_it_is_as_frozen(tree: Path, here: Path) -> None:
 
 def test_copy_file_range_into_it_is_refused(tree: Path) -> None:
     frozen = snap(tree)
-    with opened(tree / "sub" / "f", os.O_RDONLY) as one, opened(frozen / "ram", os.O_RDONLY) as two:
-        with fails(errno.EBADF):
-            os.copy_file_range(one, two, 1, 0, 0)
+    source, target = opened(tree / "sub" / "f", os.O_RDONLY), opened(frozen / "ram", os.O_RDONLY)
+    with source as one, target as two, fails(errno.EBADF):
+        os.copy_file_range(one, two, 1, 0, 0)
 
 
 def test_shared_mappings_for_reading_only(tree: Path) -> None:
@@ -323,15 +323,16 @@ def test_template_rdwr_beside_readers(make_mount: Callable[..., Mount]) -> None:
     mount = make_mount(options=("template_rdwr",))
     (mount.path / "ram").write_bytes(pattern(MB))
     frozen = snap(mount.path)
-    with opened(frozen / "ram", os.O_RDONLY) as one, opened(frozen / "ram", os.O_RDWR) as two:
-        with (
-            mmap.mmap(one, MB, prot=mmap.PROT_READ) as shared,
-            mmap.mmap(two, MB, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE) as private,
-        ):
-            private[5] = 0
-            assert shared[:] == pattern(MB)
-            assert os.pread(two, MB, 0) == pattern(MB)
-            assert private[:] == pattern(MB)[:5] + b"\0" + pattern(MB)[6:]
+    with (
+        opened(frozen / "ram", os.O_RDONLY) as one,
+        opened(frozen / "ram", os.O_RDWR) as two,
+        mmap.mmap(one, MB, prot=mmap.PROT_READ) as shared,
+        mmap.mmap(two, MB, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE) as private,
+    ):
+        private[5] = 0
+        assert shared[:] == pattern(MB)
+        assert os.pread(two, MB, 0) == pattern(MB)
+        assert private[:] == pattern(MB)[:5] + b"\0" + pattern(MB)[6:]
 
 
 # --- while others write ---
