@@ -19,6 +19,8 @@ class Flusher:
     def __init__(self, mountpoint: str) -> None:
         self.mountpoint = os.fsencode(mountpoint)
         self.device = -1
+        # Threads of its own: they wait for FSYNC requests, which need one of the others.
+        self._threads = trio.CapacityLimiter(8)
 
     def look(self) -> int:
         """Learn the mount's st_dev (worker thread). Raises OSError."""
@@ -28,7 +30,7 @@ class Flusher:
     async def flush(self, paths: Sequence[bytes]) -> None:
         """Sync the files at ``paths``, relative to the root of the mount. Raises MountError or OSError."""
         if paths:
-            await trio.to_thread.run_sync(self._flush, paths)
+            await trio.to_thread.run_sync(self._flush, paths, limiter=self._threads)
 
     def _flush(self, paths: Sequence[bytes]) -> None:
         if self.device < 0:

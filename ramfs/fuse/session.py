@@ -15,6 +15,9 @@ from ramfs.fuse.operations import Operations
 MAX_BACKGROUND: Final = 64
 #: Bytes in the largest READ and WRITE: what the kernel allows (256 pages).
 MAX_REQUEST: Final = 1 << 20
+#: Requests that may wait at a time (for a sync, say). With all of them taken nothing is answered any more, not
+#: even the requests of our own that they wait for; so it is a number that no machine comes to.
+MAX_WAITING: Final = 1 << 20
 #: ns that the extension looks for the next request before it goes back to the loop. Handing the thread's CPU
 #: back and being woken costs more than most gaps between the faults of one vCPU last.
 SPIN_NS: Final = 20_000
@@ -75,7 +78,7 @@ class Session:
     async def serve() -> None:
         """Answer requests until the mount is gone or :meth:`stop` is called."""
         try:
-            await pyfuse3.main()
+            await pyfuse3.main(max_tasks=MAX_WAITING)
         except* OSError as group:
             # ENODEV: unmounted between two reads; ENOTCONN, ECONNABORTED: the connection was aborted.
             gone = (errno.ENODEV, errno.ENOTCONN, errno.ECONNABORTED)
