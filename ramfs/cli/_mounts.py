@@ -3,12 +3,40 @@
 import errno
 import os
 import re
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 from ramfs.errors import MountError
 
 FSTYPE: Final = "fuse.ramfs"
+
+#: Seconds that a daemon may take to answer a question about itself.
+PATIENCE: Final = 5.0
+
+T = TypeVar("T")
+
+
+def ask(mountpoint: str, question: Callable[[], T], patience: float | None = None) -> T:
+    """The answer to a question that touches a mount. Raises MountError when its daemon hangs, or OSError."""
+    answers: list[T] = []
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            answers.append(question())
+        except Exception as exc:  # noqa: BLE001  (raised again below)
+            errors.append(exc)
+
+    thread = threading.Thread(target=work, daemon=True)  # the kernel lets go of it when the command ends
+    thread.start()
+    thread.join(PATIENCE if patience is None else patience)
+    if errors:
+        raise errors[0]
+    if not answers:
+        raise MountError(f"{mountpoint} does not answer: its daemon hangs, or is stopped; end that daemon first")
+    return answers[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +110,13 @@ def locate(path: str) -> tuple[MountEntry, str]:
 
     Raises MountError, or OSError where there is no such path.
     """
-    real = os.path.realpath(path)
+
+    def look() -> tuple[str, int]:
+        real = os.path.realpath(path)
+        return real, os.stat(real).st_dev
+
     try:
-        device = os.stat(real).st_dev
+        real, device = ask(path, look)
     except OSError as exc:
         if exc.errno != errno.ENOTCONN:
             raise OSError(exc.errno, exc.strerror, path) from None

@@ -8,12 +8,11 @@ import socket
 import stat
 import subprocess
 import sys
-import threading
 from typing import Final
 
 import click
 
-from ramfs.cli._mounts import FSTYPE, mounted_at, place_of, users
+from ramfs.cli._mounts import FSTYPE, ask, mounted_at, place_of, users
 from ramfs.errors import MountError, UsageError
 
 #: Options that the kernel or libfuse know, passed on as they are.
@@ -30,8 +29,6 @@ OURS: Final = frozenset(("template_rdwr", "debug"))
 
 #: Where a daemon in the background logs to, when something listens there.
 SYSLOG: Final = "/dev/log"
-#: Seconds that a mount which is in the way may take to say that it lives.
-_PATIENCE: Final = 5.0
 
 
 def split_options(words: tuple[str, ...]) -> tuple[list[str], set[str]]:
@@ -84,22 +81,11 @@ def check_places(store: str, mountpoint: str) -> None:
 
 def _lives(mountpoint: str) -> bool:
     """Does a daemon answer for the mount? Raises MountError when that cannot be told in time."""
-    outcome: list[bool] = []
-
-    def ask() -> None:
-        try:
-            os.statvfs(mountpoint)  # unlike attributes, never from the kernel's memory
-        except OSError as exc:
-            outcome.append(exc.errno not in (errno.ENOTCONN, errno.ECONNABORTED))
-        else:
-            outcome.append(True)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(_PATIENCE)
-    if not outcome:
-        raise MountError(f"{mountpoint} is mounted already, and its daemon does not answer: end that daemon first")
-    return outcome[0]
+    try:
+        ask(mountpoint, lambda: os.statvfs(mountpoint))  # unlike attributes, never from the kernel's memory
+    except OSError as exc:
+        return exc.errno not in (errno.ENOTCONN, errno.ECONNABORTED)
+    return True
 
 
 def unmount(mountpoint: str, *, lazy: bool = False) -> None:

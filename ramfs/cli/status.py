@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ramfs.cli._mounts import MountEntry, locate, running
+from ramfs.cli._mounts import MountEntry, ask, locate, running
 from ramfs.cli._text import human, printable
 from ramfs.errors import MountError
 
@@ -22,16 +22,20 @@ _PERIOD: Final = 1.0
 def read_status(entry: MountEntry) -> dict[str, Any]:
     """What the daemon of a mount says of itself. Raises MountError."""
     path = os.path.join(entry.mountpoint, ".ramfs/status.json")
-    try:
+
+    def read() -> dict[str, Any]:
         with open(path, "rb", buffering=0) as file:
             status: dict[str, Any] = json.loads(file.readall())
+            return status
+
+    try:
+        return ask(entry.mountpoint, read)
     except PermissionError:
         raise MountError(f"you may not read {path}: ask as the owner of the mount, or as root") from None
     except OSError as exc:
         raise MountError(
             f"{entry.mountpoint} does not answer ({exc.strerror}): if its daemon died, unmount it and mount again"
         ) from exc
-    return status
 
 
 def read_all() -> list[dict[str, Any]]:

@@ -155,7 +155,7 @@ def test_errors_have_documented_exit_codes() -> None:
 
 
 def test_a_closed_pipe_is_no_error() -> None:
-    done = call("sh", "-c", '"$0" -P -m ramfs status | true; "$0" -P -m ramfs --help | head -n 1', sys.executable)
+    done = call("sh", "-c", '"$0" -P -m ramfs --help | true; "$0" -P -m ramfs --help | head -n 1', sys.executable)
     assert (done.code, done.err) == (0, "")
 
 
