@@ -23,6 +23,7 @@ Mask = NDArray[np.bool_]
 CHUNK_SHIFT: Final = 10
 #: Pages for each chunk of a table.
 CHUNK: Final = 1 << CHUNK_SHIFT
+_NORESERVE: Final = 0x4000  # MAP_NORESERVE, which Python has from 3.12 on
 ENTRY: Final = 4
 """Bytes of a table entry (little-endian uint32)."""
 
@@ -76,7 +77,8 @@ class PageTable:
         self.entries = np.zeros(0, np.uint32)
         size = chunks * CHUNK * ENTRY
         if memory is None:
-            memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            # NORESERVE: the table of a sparse file of terabytes may exceed the machine's memory.
+            memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
         else:
             del old
             memory.resize(size)  # mremap: moves page table entries, not bytes

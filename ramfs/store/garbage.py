@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from ramfs.image.digest import DIGEST
 from ramfs.image.table import CHUNK_SHIFT, Mask, PageTable, runs_of
-from ramfs.store.files import copy_range, punch_hole, stored_pages
+from ramfs.store.files import copy_range, data_extents, punch_hole
 from ramfs.store.images import Image, load_table
 from ramfs.store.store import Store
 from ramfs.units import PAGE, PAGE_SHIFT, ImageId, LayerId
@@ -35,9 +35,12 @@ from ramfs.units import PAGE, PAGE_SHIFT, ImageId, LayerId
 COLLAPSE_ABOVE: Final = 32
 #: Table entries looked at in one go: about a millisecond in which the loop waits for the interpreter.
 _SLICE: Final = 1 << 16
-#: Pages of layers looked at in one pass, a byte of memory for each; what is over waits for the next.
+#: Pages of layers looked at in one pass, two bytes of memory for each; what is over waits for the next.
 _AT_ONCE: Final = 1 << 26
 _NOWHERE: Final = -(1 << 62)
+#: Pages that get or lack that memory together: a file of terabytes with a few pages in it takes next to none.
+_CHUNK_SHIFT: Final = 12
+_CHUNK: Final = 1 << _CHUNK_SHIFT
 
 
 def _read_table(path: str) -> PageTable | None:
@@ -52,6 +55,44 @@ def _read_table(path: str) -> PageTable | None:
         os.close(fd)
 
 
+class _Marks:
+    """Which pages have a name; by their places, that is the pages of all candidates in a row.
+
+    A place is some chunk's, and the chunk has a slot in the array if something was stored in it at first.
+    Slot 0 is for all the others, and nobody reads it.
+    """
+
+    def __init__(self, end: int, extents: list[tuple[int, int]]) -> None:
+        chunks = np.zeros(end >> _CHUNK_SHIFT, np.bool_)
+        for start, stop in extents:
+            chunks[start >> _CHUNK_SHIFT : ((stop - 1) >> _CHUNK_SHIFT) + 1] = True
+        self._slots = np.where(chunks, np.cumsum(chunks), 0)
+        self._named: Mask = np.zeros((int(np.count_nonzero(chunks)) + 1) << _CHUNK_SHIFT, np.bool_)
+
+    def name(self, places: NDArray[np.int64]) -> None:
+        """Some table names these."""
+        self._named[(self._slots[places >> _CHUNK_SHIFT] << _CHUNK_SHIFT) + (places & (_CHUNK - 1))] = True
+
+    def unnamed(self, start: int, stop: int, extents: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """The runs within ``[start, stop)``, which are whole chunks, that lie in ``extents`` and have no name."""
+        first = start >> _CHUNK_SHIFT
+        slots = self._slots[first : stop >> _CHUNK_SHIFT]
+        found: list[tuple[int, int]] = []
+        at = 0
+        for a, b in runs_of(slots > 0):
+            low, high = (first + a) << _CHUNK_SHIFT, (first + b) << _CHUNK_SHIFT
+            stored = np.zeros(high - low, np.bool_)
+            while at < len(extents) and extents[at][0] < high:
+                stored[max(extents[at][0] - low, 0) : max(min(extents[at][1], high) - low, 0)] = True
+                if extents[at][1] > high:
+                    break  # goes on in chunks that were empty, and perhaps beyond
+                at += 1
+            base = int(slots[a]) << _CHUNK_SHIFT
+            stored &= ~self._named[base : base + len(stored)]
+            found += [(low + c, low + d) for c, d in runs_of(stored)]
+        return found
+
+
 class Pass:
     """One search for garbage. Call the methods in the order of the module's table."""
 
@@ -61,7 +102,7 @@ class Pass:
         images, layers = store.images, store.layers
         self.job = store.sync_all()
         self.candidates: dict[LayerId, tuple[int, int]] = {}
-        """files to look at: where their pages begin and end in ``used``"""
+        """files to look at: the places of their pages, from and to"""
         waiting = {layers[n].base for n in images.replaced if n in layers.by_id}
         images.replaced = self._take(waiting)
         images.shared_meanwhile = set()
@@ -85,17 +126,18 @@ class Pass:
 
     def _take(self, waiting: set[LayerId]) -> set[LayerId]:
         """Take as many candidates as fit, at least one; returns the others."""
-        end = 0
+        end = memory = 0
         for number in sorted(waiting):
             try:
-                size = os.path.getsize(self.store.layers.path(number)) >> PAGE_SHIFT
+                told = os.stat(self.store.layers.path(number))
+                chunks = ((told.st_size >> PAGE_SHIFT) + _CHUNK - 1) >> _CHUNK_SHIFT
+                memory += min(chunks, (told.st_blocks << 9 >> PAGE_SHIFT) + 1) << _CHUNK_SHIFT
             except FileNotFoundError:
-                size = 0  # fsck's to tell: here it has nothing to give back
-            if end and end + size > _AT_ONCE:
+                chunks = 0  # fsck's to tell: here it has nothing to give back
+            if self.candidates and memory > _AT_ONCE:
                 break
-            self.candidates[number] = (end, end + size)
-            end += size
-        self.used: Mask = np.zeros(end, np.bool_)
+            self.candidates[number] = (end, end + (chunks << _CHUNK_SHIFT))
+            end += chunks << _CHUNK_SHIFT
         return waiting - self.candidates.keys()
 
     # -- thread
@@ -106,6 +148,8 @@ class Pass:
 
     def scan(self) -> None:
         """Find the stored pages of the candidates that no table names."""
+        end = max((stop for _, stop in self.candidates.values()), default=0)
+        self.marks = _Marks(end, [extent for number in self.candidates for extent in self._extents(number)])
         for image in self.users:
             self._scan_image(image)
 
@@ -115,12 +159,23 @@ class Pass:
             self._scan_image(image)
         for number, (start, stop) in self.candidates.items():
             if start < stop:
-                fd = os.open(self.store.layers.path(number), os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    stored = stored_pages(fd)[: stop - start]
-                finally:
-                    os.close(fd)
-                self.garbage[number] = list(runs_of(stored & ~self.used[start : start + len(stored)]))
+                runs = self.marks.unnamed(start, stop, self._extents(number))
+                self.garbage[number] = [(a - start, b - start) for a, b in runs]
+
+    def _extents(self, number: LayerId) -> list[tuple[int, int]]:
+        """The places of a candidate where something is stored, a page in part too."""
+        start, stop = self.candidates[number]
+        if start == stop:
+            return []
+        fd = os.open(self.store.layers.path(number), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            runs = [
+                (start + (low >> PAGE_SHIFT), min(start + ((high + PAGE - 1) >> PAGE_SHIFT), stop))
+                for low, high in data_extents(fd)
+            ]
+        finally:
+            os.close(fd)
+        return [(low, high) for low, high in runs if low < high]
 
     def _scan_image(self, image: ImageId) -> None:
         for suffix in ("map", "durable"):  # a durable table is missing until the first sync, or frozen for good
@@ -135,7 +190,7 @@ class Pass:
         entries = np.where(entries < len(self._named), entries, 0)  # made since the pass began: no candidates
         self._named[entries] = True
         places = self._start[entries] + np.arange(low, low + len(entries))
-        self.used[places[(places >= 0) & (places < self._stop[entries])]] = True
+        self.marks.name(places[(places >= 0) & (places < self._stop[entries])])
 
     # -- loop
 
