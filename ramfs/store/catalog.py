@@ -5,13 +5,15 @@ outlives a killed daemon; :meth:`Catalog.sync` flushes the log, so that everythi
 power loss too. The loop thread alone uses the connection; ``sync`` may be called from any thread.
 """
 
+import contextlib
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from ramfs.errors import StoreBusy, StoreDamaged, StoreVersion
+from ramfs.errors import StoreBusy, StoreDamaged, StoreError, StoreVersion
+from ramfs.store.files import sync_directory
 
 #: Changes with every change of the format that an older program could misread.
 FORMAT_VERSION: Final = 1
@@ -73,6 +75,36 @@ CREATE TABLE xattrs (
 Row = sqlite3.Row
 
 
+def make_catalog(path: str, fill: Callable[[sqlite3.Connection], object] | None = None) -> None:
+    """Put a new catalog at ``path``, durably; it appears there complete. ``fill`` may add rows to it.
+
+    Raises OSError, StoreError on a full disk.
+    """
+    new = path + ".new"
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(new + suffix)  # of one whose making was cut short
+    os.close(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    db = sqlite3.connect(new, isolation_level=None)
+    try:
+        db.executescript(f"BEGIN;{SCHEMA}")
+        if fill is not None:
+            fill(db)
+        db.execute("INSERT OR REPLACE INTO meta VALUES ('version', ?)", (FORMAT_VERSION,))
+        db.execute("COMMIT")
+    except sqlite3.OperationalError as exc:
+        raise StoreError(f"{path} cannot be made: {exc}") from exc
+    finally:
+        db.close()
+    fd = os.open(new, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.rename(new, path)
+    sync_directory(os.path.dirname(path))
+
+
 class Catalog:
     """The SQLite database ``catalog.sqlite`` of a store."""
 
@@ -84,7 +116,8 @@ class Catalog:
         fresh = not os.path.exists(path) or os.path.getsize(path) == 0
         if fresh and not create:
             raise StoreDamaged(f"{path} is empty: the catalog was lost")
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        if fresh:
+            make_catalog(path)
         self._db = sqlite3.connect(path, isolation_level=None, timeout=timeout, check_same_thread=False)
         self._db.row_factory = sqlite3.Row
         self._depth = 0
@@ -97,10 +130,6 @@ class Catalog:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.execute("PRAGMA foreign_keys=ON")
-            if fresh:
-                self._db.executescript(f"BEGIN;{SCHEMA}")
-                self.set_meta("version", FORMAT_VERSION)
-                self._db.execute("COMMIT")
             self._check_version()
         except sqlite3.OperationalError as exc:
             self._db.close()

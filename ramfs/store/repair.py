@@ -15,7 +15,7 @@ import numpy as np
 
 from ramfs.errors import StoreDamaged, StoreError
 from ramfs.image.table import ENTRY
-from ramfs.store.catalog import SCHEMA, Catalog
+from ramfs.store.catalog import Catalog, make_catalog
 from ramfs.store.check import Check, Finding, Report, TableCopy, read_table, salvage
 from ramfs.store.files import sync_directory
 from ramfs.store.images import HEADER, Header, pack_header, pack_layers, table_length, unpack_layers
@@ -29,8 +29,10 @@ def check_store(directory: str, *, repair: bool = False) -> Report:
     directory = os.path.abspath(directory)
     if not os.path.isdir(directory):
         raise StoreError(f"{directory} is not a directory: give the directory of a store")
-    if not {"catalog.sqlite", "layers", "tables"} & set(os.listdir(directory)):
-        raise StoreError(f"{directory} is not a ramfs store: it has neither catalog nor layers")
+    parts = [os.path.join(directory, part) for part in ("layers", "tables")]
+    catalog = os.path.join(directory, "catalog.sqlite")
+    if not os.path.exists(catalog) and not any(os.path.isdir(part) and os.listdir(part) for part in parts):
+        raise StoreError(f"{directory} is not a ramfs store: it has neither a catalog nor layers")
     lock = StoreLock(directory, "ramfs fsck")
     try:
         report = Check(directory).run()
@@ -141,23 +143,17 @@ class Fixer:
     def rebuild_catalog(self) -> None:
         """Put a new catalog of the readable rows in the place of the damaged one, which is kept beside it."""
         path = os.path.join(self.directory, "catalog.sqlite")
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path + ".new")
-        source = sqlite3.connect(path)
-        target = sqlite3.connect(path + ".new", isolation_level=None)
-        try:
-            target.executescript("PRAGMA foreign_keys=OFF; BEGIN;" + SCHEMA)
-            salvage(source, target)
-            target.execute("COMMIT")
-        finally:
-            source.close()
-            target.close()
         kept = f"{path}.damaged-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
         for suffix in ("", "-wal"):
             with contextlib.suppress(FileNotFoundError):
-                os.rename(path + suffix, kept + suffix)
-        os.rename(path + ".new", path)
-        sync_directory(self.directory)
+                shutil.copyfile(path + suffix, kept + suffix)
+        source = sqlite3.connect(kept)
+        try:
+            make_catalog(path, lambda target: salvage(source, target))
+        finally:
+            source.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path + "-wal")  # of the old one
 
     # -- tree
 

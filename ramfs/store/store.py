@@ -90,7 +90,8 @@ class Store:
             return
         if any(part in names and os.listdir(os.path.join(self.directory, part)) for part in _PARTS):
             raise StoreDamaged(f"store {self.directory} has lost its catalog.sqlite; restore it from a copy")
-        if not create or not set(names) <= {"lock", "lost+found", "catalog.sqlite", "reserve", *_PARTS}:
+        ours = {"lock", "lost+found", "reserve", *_PARTS}
+        if not create or not all(name in ours or name.startswith("catalog.sqlite") for name in names):
             raise StoreError(f"{self.directory} is not a ramfs store and not empty: give an empty or new directory")
 
     def _prepare_parts(self, fresh: bool) -> None:
