@@ -9,8 +9,9 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from fault.conftest import fsck, needs_root
-from harness import Mount
+from harness import Mount, MountFailed
 from mount.posix import PAGE, errno_of, eventually, fails, opened, pattern, read
 
 pytestmark = needs_root
@@ -128,10 +129,7 @@ def test_a_store_too_small_to_begin(small: Path, make_mount: Callable[..., Mount
     with opened(small / "ballast", os.O_RDWR | os.O_CREAT) as fd, fails(errno.ENOSPC):
         while True:
             os.write(fd, bytes(PAGE))
-    import pytest
-    from harness import MountFailed
-
-    with pytest.raises(MountFailed, match="No space left|disk is full"):
+    with pytest.raises(MountFailed, match=r"No space left|disk is full"):
         make_mount(store=small / "store")
     (small / "ballast").unlink()
     mount = make_mount("again", store=small / "store")
