@@ -354,8 +354,8 @@ def test_a_listing_has_types_and_dots(here: Path) -> None:
 
 def test_a_listing_is_stable_under_change(here: Path) -> None:
     """What stays all the while is listed exactly once, whatever comes and goes between two getdents(2)."""
-    stay = {f"stay{number:04}" for number in range(3000)}
-    go = [f"go{number:04}" for number in range(1000)]
+    stay = {f"stay{number:04}" for number in range(1500)}
+    go = [f"go{number:04}" for number in range(500)]
     for number, name in enumerate(sorted(stay)):
         (here / name).touch()
         if number % 3 == 0:
