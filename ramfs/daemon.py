@@ -68,6 +68,7 @@ class Daemon:
         self.ready = ready
         self.stopping = False
         self._early: list[int] = []
+        self._serving = trio.CancelScope()
 
     def run(self) -> None:
         """Mount, serve until unmounted or told to stop, close the store. Raises RamfsError."""
@@ -93,6 +94,7 @@ class Daemon:
             finally:
                 notify_systemd("STOPPING=1")
                 session.close()
+                self.flusher.close()
         except BaseException:
             store.abandon()
             raise
@@ -103,12 +105,13 @@ class Daemon:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_signals)
             nursery.start_soon(self._start, nursery)
-            await Session.serve()
+            with self._serving:
+                await Session.serve()
             nursery.cancel_scope.cancel()
 
     async def _start(self, nursery: trio.Nursery) -> None:
         """Things for which the mount must answer already."""
-        device = await trio.to_thread.run_sync(self.flusher.look)
+        device = await self.flusher.look()
         refused = tuning.tune(device)
         if refused:
             log.warning(
@@ -132,7 +135,7 @@ class Daemon:
                 if number == signal.SIGHUP:
                     continue
                 if self.stopping:
-                    Session.stop()  # the second one: without waiting for what is still being flushed
+                    self._end_session()  # the second one: without waiting for what is still being flushed
                     continue
                 self.stopping = True
                 log.info("%s: flushing and unmounting", signal.Signals(number).name)
@@ -149,7 +152,12 @@ class Daemon:
             await self.flusher.flush(paths)
         except Exception as exc:  # noqa: BLE001  (the daemon must end all the same)
             _tell("not all mapped pages could be flushed", exc)
+        self._end_session()
+
+    def _end_session(self) -> None:
+        """Take no more requests, nor wait for a flush: without answers to its requests it would never end."""
         Session.stop()
+        self._serving.cancel()
 
     # -- background work
 

@@ -1,16 +1,55 @@
-"""Brings what guests stored into mapped pages to the daemon: fsync through the mount, from a worker thread.
+"""Brings what guests stored into mapped pages to the daemon: fsync through the mount, by a process of its own.
 
 The kernel hands dirty mapped pages over when it likes to, up to half a minute late. A snapshot must have them,
 so before it freezes anything it syncs the files that somebody has open for writing. The loop serves the
-writes meanwhile; it must never touch the mount itself.
+writes meanwhile. No thread of the daemon touches the mount: flush_helper.py tells why.
 """
 
+import contextlib
+import errno
+import marshal
 import os
+import socket
+import subprocess
+import sys
 from collections.abc import Sequence
+from typing import Any, Final
 
 import trio
 
 from ramfs.errors import MountError
+from ramfs.fuse import flush_helper
+
+#: Processes at most that sync at a time; each syncs one file after the other.
+_MOST: Final = 8
+
+
+class _Helper:
+    """One process that syncs, and our end of the socket to it."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            # Its standard error would keep the pipe open that `ramfs mount` was started with.
+            self.process = subprocess.Popen(
+                [sys.executable, "-I", "-S", flush_helper.SCRIPT],
+                stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/", start_new_session=True,
+            )  # fmt: skip
+        with ours:
+            self._requests = ours.makefile("wb")
+            self._answers = ours.makefile("rb")
+
+    def ask(self, request: Any) -> Any:
+        """Send a request and wait for the answer (worker thread). Raises OSError, EOFError."""
+        marshal.dump(request, self._requests)
+        self._requests.flush()
+        return marshal.load(self._answers)
+
+    def close(self) -> None:
+        """Let the process end; it does once what it waits for has failed or come to pass."""
+        with contextlib.suppress(OSError):  # it is gone already
+            self._requests.close()
+        self._answers.close()
 
 
 class Flusher:
@@ -20,33 +59,57 @@ class Flusher:
         self.mountpoint = os.fsencode(mountpoint)
         self.device = -1
         # Threads of its own: they wait for FSYNC requests, which need one of the others.
-        self._threads = trio.CapacityLimiter(8)
+        self._threads = trio.CapacityLimiter(_MOST)
+        self._idle: list[_Helper] = []
 
-    def look(self) -> int:
-        """Learn the mount's st_dev (worker thread). Raises OSError."""
-        self.device = os.stat(self.mountpoint).st_dev
+    async def look(self) -> int:
+        """Learn the mount's st_dev. Raises OSError."""
+        (self.device,) = await self._ask(None)
         return self.device
 
-    async def flush(self, paths: Sequence[bytes]) -> None:
-        """Sync the files at ``paths``, relative to the root of the mount. Raises MountError or OSError."""
-        if paths:
-            await trio.to_thread.run_sync(self._flush, paths, limiter=self._threads)
+    async def flush(self, paths: Sequence[bytes]) -> set[int]:
+        """Sync the files at ``paths``, relative to the root of the mount, but for those that are gone.
 
-    def _flush(self, paths: Sequence[bytes]) -> None:
+        Returns the inode numbers of those that were synced. Raises MountError or OSError.
+        """
+        if not paths:
+            return set()
         if self.device < 0:
-            self.look()  # told to stop before the mount was ready
-        for path in paths:
-            full = os.path.join(self.mountpoint, path)
-            try:
-                fd = os.open(full, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-            except FileNotFoundError:
-                continue  # removed since: no part of the snapshot
-            try:
-                if os.fstat(fd).st_dev != self.device:
-                    raise MountError(
-                        f"{os.fsdecode(self.mountpoint)} is covered by another mount, so dirty pages cannot be "
-                        "flushed: unmount what lies over it"
-                    )
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            await self.look()  # told to stop before the mount was ready
+        (synced,) = await self._ask((self.device, list(paths)))
+        return {ino for ino in synced if ino is not None}
+
+    async def _ask(self, job: Any) -> Any:
+        # Given up when the session ends: then nobody answers the helper any more until the mount is gone.
+        answer = await trio.to_thread.run_sync(
+            self._ask_helper, (self.mountpoint, job), limiter=self._threads, abandon_on_cancel=True
+        )
+        if len(answer) == 1:
+            return answer
+        code, what = answer
+        if code == flush_helper.COVERED:
+            raise MountError(
+                f"{os.fsdecode(self.mountpoint)} is covered by another mount, so dirty pages cannot be "
+                "flushed: unmount what lies over it"
+            )
+        raise OSError(code, os.strerror(code), os.fsdecode(what))
+
+    def _ask_helper(self, request: Any) -> Any:
+        try:
+            helper = self._idle.pop()
+        except IndexError:
+            helper = _Helper()
+        try:
+            answer = helper.ask(request)
+        except (EOFError, OSError) as exc:
+            helper.close()
+            raise OSError(errno.EIO, "the process that syncs files of the mount has ended") from exc
+        self._idle.append(helper)
+        return answer
+
+    def close(self) -> None:
+        """Let the processes that have nothing to do end."""
+        while self._idle:
+            helper = self._idle.pop()
+            helper.close()
+            helper.process.wait()
