@@ -90,9 +90,7 @@ class Mount:
                 deadline = time.monotonic() + timeout
                 while not is_mounted(self.path):
                     if self.process.poll() is not None:
-                        raise self._failure(
-                            f"the daemon exited {self.process.returncode} before it had mounted"
-                        )
+                        raise self._failure(f"the daemon exited {self.process.returncode} before it had mounted")
                     left = deadline - time.monotonic()
                     if left <= 0:
                         self.process.kill()

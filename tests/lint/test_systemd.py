@@ -24,9 +24,7 @@ def unit(tmp_path: Path) -> Path:
 
 
 def test_systemd_takes_the_unit(unit: Path) -> None:
-    done = subprocess.run(
-        ["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True, check=False)
     # It looks at units of the host too, and complains of those as well.
     assert [line for line in done.stderr.splitlines() if "ramfs" in line] == []
     assert done.returncode == 0, done.stderr
@@ -52,7 +50,5 @@ def test_nothing_hides_the_mount_from_the_host() -> None:
         ReadOnlyPaths ReadWritePaths RootDirectory RootImage TemporaryFileSystem User
         """.split()
     )
-    used = {
-        line.split("=")[0] for line in UNIT.read_text().splitlines() if "=" in line and line[0] not in "#["
-    }
+    used = {line.split("=")[0] for line in UNIT.read_text().splitlines() if "=" in line and line[0] not in "#["}
     assert used & hiding == set()

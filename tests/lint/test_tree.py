@@ -52,9 +52,7 @@ def test_no_paths_of_one_machine(tracked: list[str]) -> None:
 
 
 def test_nothing_generated_is_kept(tracked: list[str]) -> None:
-    generated = re.compile(
-        r"\.(pyc|so|o|img|ram|xxh3|map|sqlite|ko|deb|gz|xz|zst)$|(^|/)(build|dist|\.venv)/"
-    )
+    generated = re.compile(r"\.(pyc|so|o|img|ram|xxh3|map|sqlite|ko|deb|gz|xz|zst)$|(^|/)(build|dist|\.venv)/")
     assert [path for path in tracked if generated.search(path)] == []
     assert [path for path in tracked if (ROOT / path).stat().st_size > 200_000] == []
 

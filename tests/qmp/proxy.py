@@ -22,9 +22,7 @@ class Proxy:
     A descriptor that is handed over is replaced by `substitute` when that is given.
     """
 
-    def __init__(
-        self, real: Path, path: Path, before: Mapping[str, Hook], *, substitute: str | None = None
-    ) -> None:
+    def __init__(self, real: Path, path: Path, before: Mapping[str, Hook], *, substitute: str | None = None) -> None:
         self.path = path
         self.passed: list[str] = []
         self._before = before

@@ -62,9 +62,7 @@ def test_another_client_holds_the_socket(tmp_path_short: Path) -> None:
         talk(tmp_path_short / "qmp", greeting=0.1)
 
 
-@pytest.mark.parametrize(
-    "says", [b"SSH-2.0-OpenSSH\r\n", b"{}\n", b"[]\n", b'{"QMP": 1}\n', b"", b"\xff\xfe\n", b"{"]
-)
+@pytest.mark.parametrize("says", [b"SSH-2.0-OpenSSH\r\n", b"{}\n", b"[]\n", b'{"QMP": 1}\n', b"", b"\xff\xfe\n", b"{"])
 def test_not_qemu(tmp_path_short: Path, says: bytes) -> None:
     with server(tmp_path_short / "qmp", says), pytest.raises(QmpError, match="cannot reach QEMU at") as error:
         talk(tmp_path_short / "qmp")

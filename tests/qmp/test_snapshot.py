@@ -97,9 +97,7 @@ def test_qemu_dies(directory: Directory, machine: Machine, tmp_path_short: Path,
     directory.assert_untouched()
 
 
-def test_qemu_dies_after_the_snapshot_is_made(
-    directory: Directory, machine: Machine, tmp_path_short: Path
-) -> None:
+def test_qemu_dies_after_the_snapshot_is_made(directory: Directory, machine: Machine, tmp_path_short: Path) -> None:
     guest = machine()
     with Proxy(guest.socket, tmp_path_short / "qmp", {"cont": lambda _: guest.kill()}) as proxy:
         done = directory.snapshot("one", "--qmp", str(proxy.path))
@@ -136,9 +134,7 @@ def test_interrupted_when_the_snapshot_is_made_already(
 ) -> None:
     guest = machine()
     process: subprocess.Popen[str]
-    with Proxy(
-        guest.socket, tmp_path_short / "qmp", {"cont": lambda _: os.kill(process.pid, signal.SIGINT)}
-    ) as proxy:
+    with Proxy(guest.socket, tmp_path_short / "qmp", {"cont": lambda _: os.kill(process.pid, signal.SIGINT)}) as proxy:
         process = directory.start("one", "--qmp", str(proxy.path))
         done = finish(process)
     assert (done.code, done.err) == (0, "")
@@ -186,9 +182,7 @@ def test_the_freeze_fails(directory: Directory, machine: Machine, tmp_path_short
     assert guest.status() == "running"
 
 
-def test_the_freeze_fails_where_no_state_was(
-    directory: Directory, machine: Machine, tmp_path_short: Path
-) -> None:
+def test_the_freeze_fails_where_no_state_was(directory: Directory, machine: Machine, tmp_path_short: Path) -> None:
     guest = machine()
     (directory.path / "state").unlink()
 

@@ -224,9 +224,7 @@ def test_of_several_block_files_the_choice_is_always_the_same(names: list[bytes]
 # Bytes that matter to the forms come up far more often than chance has it.
 NASTY = st.lists(
     st.one_of(
-        st.sampled_from(
-            [b"/", b"%", b"%2F", b"%25", b"@", b"@0x0", b".", b"_", b"\n", b"0x", b"qemu_back_mem."]
-        ),
+        st.sampled_from([b"/", b"%", b"%2F", b"%25", b"@", b"@0x0", b".", b"_", b"\n", b"0x", b"qemu_back_mem."]),
         st.binary(min_size=1, max_size=4),
     ),
     max_size=12,

@@ -28,18 +28,12 @@ def arguments() -> argparse.Namespace:
         " (it mounts, and tunes mounts) and about 10 GiB of free memory; everything lies on tmpfs.",
         epilog="RAMFS in the environment names another ramfs command to measure.",
     )
-    parser.add_argument(
-        "--only", metavar="CASE", action="append", choices=list(CASES), help="this case; repeatable"
-    )
+    parser.add_argument("--only", metavar="CASE", action="append", choices=list(CASES), help="this case; repeatable")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and a smaller file")
     parser.add_argument("--rounds", type=int, metavar="N", help="rounds of each case (7; 3 with --quick)")
-    parser.add_argument(
-        "--size", type=int, metavar="MIB", help="size of the mapped file (1024; 256 with --quick)"
-    )
+    parser.add_argument("--size", type=int, metavar="MIB", help="size of the mapped file (1024; 256 with --quick)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples there")
-    parser.add_argument(
-        "--scratch", type=Path, default=Path("/dev/shm"), metavar="DIR", help="a tmpfs (%(default)s)"
-    )
+    parser.add_argument("--scratch", type=Path, default=Path("/dev/shm"), metavar="DIR", help="a tmpfs (%(default)s)")
     parser.add_argument("--list", action="store_true", help="list the cases")
     options = parser.parse_args()
     if options.rounds is not None and options.rounds < 1:

@@ -86,9 +86,7 @@ class Bench:
     ) -> dict[str, float]:
         """Map the file with nothing of it cached and touch its pages."""
         step = step or (16 if order == "random" else 1)
-        seen = self.probe(
-            "touch", path, size or self.size, order, step, access, advice, threads, seed, cpu=cpu
-        )
+        seen = self.probe("touch", path, size or self.size, order, step, access, advice, threads, seed, cpu=cpu)
         if seen["wrong"]:
             raise RuntimeError(f"{int(seen['wrong'])} pages of {path.name} had another page's contents")
         return seen
@@ -129,9 +127,7 @@ def serving(command: Sequence[str | Path], ready: Callable[[], bool]) -> Iterato
     if not shutil.which(words[0]):
         raise Unavailable(f"{words[0]} is not installed")
     with tempfile.TemporaryFile("w+") as log:
-        child = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )
+        child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         try:
             until = time.monotonic() + 20
             while not ready():
@@ -179,10 +175,7 @@ def unmount(point: Path) -> None:
         for _ in range(20):
             if not mounted(point):
                 return
-            if (
-                subprocess.run(command, check=False, capture_output=True, start_new_session=True).returncode
-                == 0
-            ):
+            if subprocess.run(command, check=False, capture_output=True, start_new_session=True).returncode == 0:
                 break
             time.sleep(0.1)
 

@@ -242,13 +242,9 @@ def clone(bench: Bench) -> list[Measure]:
 
 def check_copy(bench: Bench, source: Path, copy: Path, size: int) -> None:
     """Look at the same random pages of both, as comparing 16 GiB takes too long."""
-    seen = [
-        bench.touch(path, advice="random", size=size, step=MIB // PAGE)["zeros"] for path in (source, copy)
-    ]
+    seen = [bench.touch(path, advice="random", size=size, step=MIB // PAGE)["zeros"] for path in (source, copy)]
     if seen[0] != seen[1]:
-        raise RuntimeError(
-            f"of the same pages {seen[0]:.0f} are zeros in the source and {seen[1]:.0f} in the copy"
-        )
+        raise RuntimeError(f"of the same pages {seen[0]:.0f} are zeros in the source and {seen[1]:.0f} in the copy")
 
 
 XFS, OVERLAY = "cp --reflink on XFS", "qemu-img create, overlay"
