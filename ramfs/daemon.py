@@ -81,14 +81,14 @@ class Daemon:
             self.namespace = Namespace(self.pager)
             self.observer = Observer(store, self.namespace, Counters(), request.mountpoint, {}, time.monotonic())
             self.flusher = Flusher(request.mountpoint)
-            operations = Operations(
+            self.operations = Operations(
                 self.pager, self.namespace, self.observer, self.flusher, template_rdwr=request.template_rdwr
             )
             # From the mount on a signal that ended us would leave a dead mount behind. (Blocking would not do:
             # numpy has threads of its own that take signals.)
             for number in _SIGNALS:
                 signal.signal(number, lambda number, _: self._early.append(number))
-            session = Session(operations, request.mountpoint, request.options)
+            session = Session(self.operations, request.mountpoint, request.options)
             try:
                 trio.run(self._main)
             finally:
@@ -144,12 +144,7 @@ class Daemon:
     async def _stop(self) -> None:
         """Take over what guests have in mapped pages, then end."""
         try:
-            paths = [
-                path
-                for path, inode in self.namespace.files_below(self.namespace.get_root())
-                if any(opener.writable for opener in inode.opens.values())
-            ]
-            await self.flusher.flush(paths)
+            await self.operations.flush_below(self.namespace.get_root())
         except Exception as exc:  # noqa: BLE001  (the daemon must end all the same)
             _tell("not all mapped pages could be flushed", exc)
         self._end_session()

@@ -241,29 +241,30 @@ class Namespace:
 
     def _destroy_tree(self, ino: InodeNumber) -> None:
         """Remove an inode without a name, and what is named below it. In a transaction."""
-        for _, name, child in list(self.names(ino)):
-            self._unname(ino, name, child)
-        row = self.catalog.row("SELECT image FROM inodes WHERE ino = ?", ino)
-        if row is None:
-            return
-        known = self.inodes.get(ino)
-        if known is None:
-            self._destroy(ino, row["image"])
-        else:
-            self._set(known, nlink=0)  # goes with its last lookup
+        todo = [ino]
+        while todo:
+            ino = todo.pop()
+            todo += [child for _, name, child in list(self.names(ino)) if self._unname(ino, name, child)]
+            row = self.catalog.row("SELECT image FROM inodes WHERE ino = ?", ino)
+            if row is None:
+                continue
+            known = self.inodes.get(ino)
+            if known is None:
+                self._destroy(ino, row["image"])
+            else:
+                self._set(known, nlink=0)  # goes with its last lookup
 
-    def _unname(self, parent: InodeNumber, name: bytes, ino: InodeNumber) -> None:
-        """Remove one name of a tree that goes as a whole, and the inode with its last name."""
+    def _unname(self, parent: InodeNumber, name: bytes, ino: InodeNumber) -> bool:
+        """Remove one name of a tree that goes as a whole. Was it the inode's last?"""
         self.catalog.execute("DELETE FROM names WHERE parent = ? AND name = ?", parent, name)
         row = self.catalog.row("SELECT nlink, mode FROM inodes WHERE ino = ?", ino)
-        if row is None:
-            return
-        if stat.S_ISDIR(row["mode"]) or row["nlink"] <= 1:
-            self._destroy_tree(ino)
-        elif (known := self.inodes.get(ino)) is not None:
+        if row is None or stat.S_ISDIR(row["mode"]) or row["nlink"] <= 1:
+            return True
+        if (known := self.inodes.get(ino)) is not None:
             self._set(known, nlink=known.nlink - 1)
         else:
             self.catalog.execute("UPDATE inodes SET nlink = nlink - 1 WHERE ino = ?", ino)
+        return False
 
     # -- changing
 
@@ -588,30 +589,33 @@ class Namespace:
 
     # -- copies of whole trees
 
-    def files_below(self, root: Inode, path: bytes = b"") -> Iterator[tuple[bytes, Inode]]:
+    def files_below(self, root: Inode) -> Iterator[tuple[bytes, Inode]]:
         """The regular files of a tree that the kernel knows of, with their paths from ``root``."""
-        for _, name, ino in list(self.names(root.ino)):
-            child = self.inodes.get(ino)
-            row = child or self.catalog.row("SELECT mode FROM inodes WHERE ino = ?", ino)
-            mode = child.mode if child is not None else row["mode"] if row is not None else 0  # type: ignore[index]
-            if stat.S_ISDIR(mode):
-                yield from self.files_below(self.get(ino), path + name + b"/")
-            elif child is not None and child.image is not None:
-                yield path + name, child
+        todo = [(root.ino, b"")]
+        while todo:
+            directory, path = todo.pop()
+            for _, name, ino in list(self.names(directory)):
+                child = self.inodes.get(ino)
+                row = child or self.catalog.row("SELECT mode FROM inodes WHERE ino = ?", ino)
+                mode = child.mode if child is not None else row["mode"] if row is not None else 0  # type: ignore[index]
+                if stat.S_ISDIR(mode):
+                    todo.append((ino, path + name + b"/"))
+                elif child is not None and child.image is not None:
+                    yield path + name, child
 
-    def path_of(self, directory: Inode) -> bytes:
+    def path_of(self, directory: InodeNumber) -> bytes:
         """The path of a directory from the root of the tree, without a leading slash."""
         parts: list[bytes] = []
-        while directory.ino != ROOT:
-            if directory.is_snap:
+        while directory != ROOT:
+            if directory & SNAP_BIT:
                 parts.append(SNAP)
-                directory = self.get(InodeNumber(directory.ino & ~SNAP_BIT))
+                directory = InodeNumber(directory & ~SNAP_BIT)
                 continue
-            row = self.catalog.row("SELECT parent, name FROM names WHERE ino = ?", directory.ino)
+            row = self.catalog.row("SELECT parent, name FROM names WHERE ino = ?", directory)
             if row is None:
                 raise FileError(errno.ENOENT)
             parts.append(row["name"])
-            directory = self.get(row["parent"])
+            directory = row["parent"]
         return b"/".join(reversed(parts))
 
     def check_snapshot(self, snap: InodeNumber, name: bytes) -> Inode:

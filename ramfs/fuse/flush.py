@@ -33,8 +33,12 @@ class _Helper:
             # Its standard error would keep the pipe open that `ramfs mount` was started with.
             self.process = subprocess.Popen(
                 [sys.executable, "-I", "-S", flush_helper.SCRIPT],
-                stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/", start_new_session=True,
-            )  # fmt: skip
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd="/",
+                start_new_session=True,
+            )
         with ours:
             self._requests = ours.makefile("wb")
             self._answers = ours.makefile("rb")

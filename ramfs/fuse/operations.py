@@ -38,6 +38,8 @@ _KEEP: Final = 300.0
 _KEEP_OPEN: Final = 0.5
 #: How long a create waits for a file whose last user has died but was not yet closed by the kernel.
 _GRACE: Final = 2.0
+#: How often a flush looks for files that were renamed under it.
+_ATTEMPTS: Final = 10
 
 
 class Operations(pyfuse3.Operations):
@@ -262,7 +264,7 @@ class Operations(pyfuse3.Operations):
     async def _snapshot(self, snap: InodeNumber, name: bytes) -> Inode:
         space = self.namespace
         directory = space.check_snapshot(snap, name)
-        await self._flush_below(directory)
+        await self.flush_below(directory)
         directory = space.check_snapshot(snap, name)  # the tree may have changed
         frozen = space.freeze(directory, name)
         try:
@@ -275,14 +277,30 @@ class Operations(pyfuse3.Operations):
         self.counters.snapshots += 1
         return inode
 
-    async def _flush_below(self, directory: Inode) -> None:
-        base = self.namespace.path_of(directory)
-        paths = [
-            os.path.join(base, path)
+    async def flush_below(self, directory: Inode) -> None:
+        """Sync the files of a tree that are open for writing now. Raises as :meth:`Flusher.flush`, EBUSY, ENOENT."""
+        waiting = self._open_for_writing(directory)
+        for _ in range(_ATTEMPTS):
+            if not waiting:
+                return
+            synced = await self.flusher.flush(list(waiting.values()))
+            # Those that were not found under their names may have been renamed meanwhile.
+            waiting = {
+                ino: path
+                for ino, path in self._open_for_writing(directory).items()
+                if ino in waiting and ino not in synced
+            }
+        if waiting:
+            raise FileError(errno.EBUSY, f"{os.fsdecode(min(waiting.values()))} is renamed all the time")
+
+    def _open_for_writing(self, directory: Inode) -> dict[InodeNumber, bytes]:
+        """The files of a tree that may have dirty pages, by their paths from the root of the mount."""
+        base = self.namespace.path_of(directory.ino)
+        return {
+            inode.ino: os.path.join(base, path)
             for path, inode in self.namespace.files_below(directory)
             if any(opener.writable for opener in inode.opens.values())
-        ]
-        await self.flusher.flush(paths)
+        }
 
     @answered
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:

@@ -82,7 +82,7 @@ class Observer:
         row = self.store.catalog.row("SELECT parent, name FROM names WHERE ino = ?", ino)
         if row is None:
             return "(unlinked)"
-        directory = self.namespace.path_of(self.namespace.get(row["parent"]))
+        directory = self.namespace.path_of(row["parent"])
         return os.fsdecode(directory + b"/" + row["name"] if directory else row["name"])
 
     def _layer_bytes(self) -> int:
