@@ -109,6 +109,14 @@ def may(inode: Inode, caller: Caller, wanted: int) -> bool:
     return bits & wanted == wanted
 
 
+def _check_copy(inode: Inode, caller: Caller) -> None:
+    """Refuse a copy, which will be the caller's own, of what he may not read, and of devices. Raises EACCES, EPERM."""
+    if not may(inode, caller, 5 if inode.is_dir else 4):
+        raise FileError(errno.EACCES)
+    if caller.uid != 0 and (stat.S_ISCHR(inode.mode) or stat.S_ISBLK(inode.mode)):
+        raise FileError(errno.EPERM)  # as its owner he could let himself write to it
+
+
 class Namespace:
     """The tree of a store."""
 
@@ -209,7 +217,8 @@ class Namespace:
                     raise FileError(errno.ENOTDIR)
                 if not may(inode, caller, 1):
                     raise FileError(errno.EACCES)
-                inode = self.lookup(inode.ino, name)
+                above, inode = inode, self.lookup(inode.ino, name)
+                self.let_go(above)
         return inode
 
     # -- lookup counts
@@ -224,7 +233,7 @@ class Namespace:
 
     def let_go(self, inode: Inode) -> None:
         """Drop an inode from memory if nothing holds it there."""
-        if inode.lookups > 0 or inode.opens or self.inodes.get(inode.ino) is not inode:
+        if inode.lookups > 0 or inode.opens or inode.aliases or self.inodes.get(inode.ino) is not inode:
             return
         del self.inodes[inode.ino]
         if inode.image is not None:
@@ -403,8 +412,9 @@ class Namespace:
     def _check_empty(self, inode: Inode) -> None:
         if not inode.is_dir:
             raise FileError(errno.ENOTDIR)
-        row = self.catalog.row("SELECT 1 FROM names WHERE parent IN (?, ?)", inode.ino, inode.ino | SNAP_BIT)
-        if row is not None:
+        snap = InodeNumber(inode.ino | SNAP_BIT)
+        row = self.catalog.row("SELECT 1 FROM names WHERE parent IN (?, ?)", inode.ino, snap)
+        if row is not None or any(parent == snap for parent, _ in self._freezing):
             raise FileError(errno.ENOTEMPTY)
 
     def rename(
@@ -451,6 +461,7 @@ class Namespace:
             self._touch(old_dir, links=-moved)
             self._touch(new_dir, links=moved)
         if other is not None:
+            self._drop_aliases(other.ino)
             self.let_go(other)
 
     def _exchange(
@@ -666,8 +677,8 @@ class Namespace:
     ) -> Inode:
         """Copy rows of a directory and all below it. ``caller`` is asked for permission and owns the copies."""
         copies: dict[InodeNumber, InodeNumber] = {}  # hard links within the tree stay hard links
-        if caller is not None and not may(source, caller, 5):
-            raise FileError(errno.EACCES)
+        if caller is not None:
+            _check_copy(source, caller)
         top = self._copy_inode(source, parent, caller, frozen=frozen, nlink=0)
         todo = [(source.ino, top.ino)]
         while todo:
@@ -676,8 +687,8 @@ class Namespace:
                 known = ino in self.inodes
                 child = self.get(ino)
                 try:
-                    if caller is not None and not may(child, caller, 5 if child.is_dir else 4):
-                        raise FileError(errno.EACCES)
+                    if caller is not None:
+                        _check_copy(child, caller)
                     if ino in copies:
                         self.catalog.execute("UPDATE inodes SET nlink = nlink + 1 WHERE ino = ?", copies[ino])
                     else:
@@ -742,7 +753,9 @@ class Frozen:
         return space.get(self._top)
 
     def abort(self) -> None:
-        """Remove it."""
+        """Remove it, unless it has its name."""
+        if self._key not in self._namespace._freezing:
+            return
         self._end()
         with self._namespace.catalog.transaction(frees=True):
             self._namespace._destroy_tree(self._top)

@@ -4,6 +4,7 @@ READ, WRITE and COPY_FILE_RANGE come straight from the extension (`_native.c`) a
 await; the others are pyfuse3's. docs/concurrency.md says which handlers await, and what may change meanwhile.
 """
 
+import contextlib
 import errno
 import itertools
 import logging
@@ -269,10 +270,10 @@ class Operations(pyfuse3.Operations):
         frozen = space.freeze(directory, name)
         try:
             await self.pager.sync(frozen.images)
+            inode = frozen.commit()
         except BaseException:
             frozen.abort()
             raise
-        inode = frozen.commit()
         await trio.to_thread.run_sync(self.pager.store.catalog.sync)
         self.counters.snapshots += 1
         return inode
@@ -529,7 +530,13 @@ class Operations(pyfuse3.Operations):
         space = self.namespace
         directory = space.walk(parent, caller)
         self._check_parent(directory.ino, name)
-        space.clone(space.walk(source, caller), directory.ino, name, caller)
+        top = space.walk(source, caller)
+        space.let_go(space.clone(top, directory.ino, name, caller))
+        for inode in (top, directory):
+            space.let_go(inode)
+        # The kernel did not see that: it would show the old link count and mtime for minutes.
+        with contextlib.suppress(OSError):  # it may have forgotten the directory
+            pyfuse3.invalidate_inode(directory.ino, attr_only=True)
         self.counters.clones += 1
         return len(command)
 
