@@ -83,6 +83,24 @@ class Pager:
         image.table.resize(pages(offset + length))
         if offset > image.size:
             self._clear_tail(image)
+        try:
+            self._write_parts(image, offset, data)
+        except BaseException:
+            self._take_back(image)
+            raise
+        image.size = max(image.size, offset + length)
+        image.touch()
+        return length
+
+    def _take_back(self, image: Image) -> None:
+        """Something that would have made the file grow has failed: let nothing of it stay behind the end."""
+        if image.live is not None:
+            self.images.replaced.add(image.live.id)
+        image.forget_beyond()
+
+    def _write_parts(self, image: Image, offset: int, data: Buffer) -> None:
+        """Write a ragged head, whole pages and a ragged tail."""
+        length = len(data)
         view = memoryview(data)
         head, first, stop, tail = span(offset, length)
         if head[0] < head[1]:
@@ -92,9 +110,6 @@ class Pager:
             self._write_pages(image, first, stop, view[low : low + ((stop - first) << PAGE_SHIFT)])
         if tail[0] < tail[1]:
             self._write_within(image, tail[0], view[length - (tail[1] - tail[0]) :])
-        image.size = max(image.size, offset + length)
-        image.touch()
-        return length
 
     def _check_writable(self, image: Image, end: int) -> None:
         if image.frozen:
@@ -254,7 +269,11 @@ class Pager:
             if start < until:
                 self._copy(source, start - target_offset + source_offset, target, start, until - start)
         if first < stop:
-            self._share_pages(source, target, first, stop, (source_offset - target_offset) >> PAGE_SHIFT)
+            try:
+                self._share_pages(source, target, first, stop, (source_offset - target_offset) >> PAGE_SHIFT)
+            except BaseException:
+                self._take_back(target)
+                raise
         target.size = max(target.size, end)
         target.touch()
         return length

@@ -26,7 +26,7 @@ from ramfs.image.table import ENTRY, Entries, PageTable
 from ramfs.store.catalog import Catalog
 from ramfs.store.files import data_extents, read_exactly, sync_directory, write_all
 from ramfs.store.layers import Layer, Layers
-from ramfs.units import MAX_FILE_SIZE, PAGE, PAGE_SHIFT, ImageId, LayerId, pages
+from ramfs.units import MAX_FILE_SIZE, PAGE, PAGE_SHIFT, ZERO, ImageId, LayerId, pages
 
 MAGIC: Final = b"RAMFSMAP"
 VERSION: Final = 1
@@ -182,6 +182,14 @@ class Image:
             os.ftruncate(self.fd, self._length)
             raise
 
+    def forget_beyond(self) -> None:
+        """Name nothing behind the end: what a write that failed has named there would show when the file grows."""
+        os.ftruncate(self.fd, HEADER + self.pages * ENTRY)
+        os.ftruncate(self.fd, self._length)
+        if self._table is not None:
+            for first, stop in self._table.regions(first=self.pages):
+                self._table.fill(first, stop, ZERO)
+
     def close(self) -> None:
         """Close the table file and let go of the table."""
         self._table = None
@@ -198,6 +206,7 @@ class SyncJob:
     synced that was not. Two jobs must not run at once: the older could write over the newer.
     """
 
+    owner: "Images"
     catalog: Catalog
     layers: list[tuple[Layer, int]] = field(default_factory=list)
     layer_names: str | None = None
@@ -207,6 +216,8 @@ class SyncJob:
     writes: list[tuple[str, int, list[tuple[int, bytes]]]] = field(default_factory=list)
     """table files: path, least length, and what to write at which offsets"""
     undo: list[Callable[[], None]] = field(default_factory=list)
+    images: list[Image] = field(default_factory=list)
+    """in use until the end: were one closed meanwhile, nobody would know that it is not synced if this fails"""
 
     def run(self) -> None:
         """First the pages, then the catalog, then the tables, which name layers that must be there by then.
@@ -237,9 +248,11 @@ class SyncJob:
             sync_directory(self.table_names)
 
     def close(self) -> None:
-        """Close what the job opened; always call it."""
+        """Close what the job opened; always call it, on the loop."""
         for _, fd in self.layers:
             os.close(fd)
+        for image in self.images:
+            self.owner.release(image)
 
     def failed(self) -> None:
         """Mark everything as not synced again."""
@@ -289,7 +302,7 @@ class Images:
     def release(self, image: Image) -> None:
         """One user of the image less."""
         image.users -= 1
-        if image.users == 0 and not self.is_stale(image):
+        if image.users == 0 and (image.id in self.doomed or not self.is_stale(image)):
             self._open.pop(image.id, None)
             image.close()
 
@@ -460,9 +473,20 @@ class Images:
 
     def sync_job(self, images: Iterable[Image]) -> SyncJob:
         """Collect what must be written to make ``images`` durable, as they are now."""
-        job = SyncJob(self.catalog)
+        job = SyncJob(self, self.catalog)
+        try:
+            self._fill(job, images)
+        except BaseException:
+            job.failed()
+            job.close()
+            raise
+        return job
+
+    def _fill(self, job: SyncJob, images: Iterable[Image]) -> None:
         wanted: set[LayerId] = set()
         for image in images:
+            image.users += 1
+            job.images.append(image)
             wanted |= image.layers
             if self.synced_meanwhile is not None:
                 self.synced_meanwhile.add(image.id)
@@ -480,7 +504,6 @@ class Images:
                 job.layer_names = self.layers.directory
                 self.layers.unsynced_names.discard(number)
                 job.undo.append(lambda number=number: self.layers.unsynced_names.add(number))  # type: ignore[misc]
-        return job
 
     def _collect(self, job: SyncJob, image: Image) -> None:
         parts = [(0, pack_header(Header(image.size, image.mtime, image.ctime)))]
