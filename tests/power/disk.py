@@ -111,6 +111,7 @@ class Replay:
             at += length
             self.records.append((at, write))  # complete once the log has got this far
         self.settled = 0
+        self.cuts = 0
 
     def flushes(self) -> list[int]:
         """The positions at which a flush was complete."""
@@ -138,7 +139,9 @@ class Replay:
                 break
             if write is not None:
                 since.append(write)
-        image = self.work / "cut"
+        # A name of its own: mount takes a loop device that is there already, with what it cached of the last cut.
+        self.cuts += 1
+        image = self.work / f"cut{self.cuts}"
         call("cp", "--sparse=always", self.base, image)
         if rng is not None:
             share = rng.choice((0.1, 0.5, 0.9))
