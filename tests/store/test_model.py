@@ -3,7 +3,7 @@
 What is checked: reads; that snapshots and copies never change with their origin; that a killed daemon loses
 nothing; that power loss leaves of each page what was last synced or something written since; that the checker
 finds nothing to complain about in a store that has only been used, killed and cut off; that all space comes
-back. RAMFS_MODEL_EXAMPLES=500 makes it a long run.
+back. RAMFS_MODEL_EXAMPLES=5000 makes it a long run.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ from ramfs.store.repair import check_store
 from ramfs.store.store import Store
 from ramfs.units import PAGE, ROOT, SNAP_BIT, InodeNumber
 
-EXAMPLES = int(os.environ.get("RAMFS_MODEL_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("RAMFS_MODEL_EXAMPLES", "300"))
 #: A table chunk is 1024 pages: files reach a little beyond one, and the pages around its end are busiest.
 LARGEST = 1027 * PAGE
 
