@@ -1,6 +1,7 @@
 """Assembly: store, pager, namespace and mount; background work, signals, readiness."""
 
 import contextlib
+import errno
 import logging
 import os
 import resource
@@ -111,7 +112,12 @@ class Daemon:
 
     async def _start(self, nursery: trio.Nursery) -> None:
         """Things for which the mount must answer already."""
-        device = await self.flusher.look()
+        try:
+            device = await self.flusher.look()
+        except OSError as exc:
+            if exc.errno != errno.ENOTCONN:
+                raise
+            return  # unmounted as soon as it was there
         refused = tuning.tune(device)
         if refused:
             log.warning(

@@ -19,6 +19,7 @@ import trio
 
 from ramfs.errors import MountError
 from ramfs.fuse import flush_helper
+from ramfs.units import ROOT
 
 #: Processes at most that sync at a time; each syncs one file after the other.
 _MOST: Final = 8
@@ -64,11 +65,15 @@ class Flusher:
         self.device = -1
         # Threads of its own: they wait for FSYNC requests, which need one of the others.
         self._threads = trio.CapacityLimiter(_MOST)
-        self._idle: list[_Helper] = []
+        # The first starts up while the mount is made.
+        self._idle = [_Helper()]
 
     async def look(self) -> int:
-        """Learn the mount's st_dev. Raises OSError."""
-        (self.device,) = await self._ask(None)
+        """Learn the mount's st_dev. Raises OSError; ENOTCONN when it is unmounted already."""
+        ((device, ino),) = await self._ask(None)
+        if ino != ROOT:
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+        self.device = device
         return self.device
 
     async def flush(self, paths: Sequence[bytes]) -> set[int]:

@@ -6,7 +6,7 @@ and the store's lock. This process holds nothing. When the daemon is gone its ca
 
 Requests and answers are objects of `marshal`, which both sides have in the same version:
 
-    (mountpoint, None)              (st_dev of the mount,)
+    (mountpoint, None)              ((st_dev, st_ino) of what is at the mountpoint,)
     (mountpoint, (st_dev, paths))   ([st_ino of each file that was synced],), with None for one that is gone
                                     or (errno, what failed)
 """
@@ -45,6 +45,12 @@ def sync_files(mountpoint: bytes, device: int, paths: Sequence[bytes]) -> tuple[
     return (synced,)
 
 
+def look(mountpoint: bytes) -> tuple[int, int]:
+    """The device and inode number at the mountpoint."""
+    status = os.stat(mountpoint)
+    return status.st_dev, status.st_ino
+
+
 def main() -> None:
     """Answer until the daemon is gone."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -56,7 +62,7 @@ def main() -> None:
             except EOFError:
                 return
             try:
-                answer = (os.stat(mountpoint).st_dev,) if job is None else sync_files(mountpoint, *job)
+                answer = (look(mountpoint),) if job is None else sync_files(mountpoint, *job)
             except OSError as exc:
                 answer = (exc.errno or errno.EIO, exc.filename or mountpoint)
             with contextlib.suppress(BrokenPipeError):

@@ -102,3 +102,9 @@ def test_flushing_leaves_no_process_behind(mounted: Mount) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     mounted.start()
+
+
+def test_unmounted_as_soon_as_it_is_there(mounted: Mount) -> None:
+    """The daemon looks at its mount when it is no longer one."""
+    for _ in range(10):
+        mounted.restart()
