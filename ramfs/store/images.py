@@ -32,6 +32,8 @@ MAGIC: Final = b"RAMFSMAP"
 VERSION: Final = 1
 #: Bytes before the first table entry; the header proper is its start, the rest is zero.
 HEADER: Final = PAGE
+#: Table files kept open at most; a tree of many small files would else use up the descriptors.
+OPEN_TABLES: Final = 2048
 _FIELDS: Final = struct.Struct("<8sIIQqq")
 _CHECK: Final = struct.Struct("<Q")
 
@@ -99,17 +101,22 @@ class Image:
     """
 
     __slots__ = (
-        "_ahead", "_fd", "_length", "_table", "ctime", "frozen", "header_stale", "id", "layers", "live", "mtime",
-        "path", "size", "synced_name", "users",
+        "_ahead", "_fd", "_length", "_opened", "_table", "ctime", "frozen", "header_stale", "id", "layers", "live",
+        "mtime", "path", "size", "synced_name", "users",
     )  # fmt: skip
 
-    def __init__(self, number: ImageId, frozen: bool, live: Layer | None, layers: set[LayerId], path: str) -> None:
+    def __init__(
+        self, number: ImageId, frozen: bool, live: Layer | None, layers: set[LayerId], path: str,
+        opened: dict[ImageId, "Image"],
+    ) -> None:  # fmt: skip
         self.id = number
         self.frozen = frozen
         self.live = live
         self.layers = layers
         """superset of the layers that the table names, as the catalog has it"""
         self.path = path
+        self._opened = opened
+        """the images whose table file is open, the first opened first"""
         self._fd = -1
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -129,7 +136,16 @@ class Image:
         """The table file, opened on first use: most files of a tree are only looked at from outside."""
         if self._fd < 0:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+            self._opened[self.id] = self
+            if len(self._opened) > OPEN_TABLES:
+                next(iter(self._opened.values()))._close_file()
         return self._fd
+
+    def _close_file(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            del self._opened[self.id]
 
     @property
     def table(self) -> PageTable:
@@ -193,9 +209,7 @@ class Image:
     def close(self) -> None:
         """Close the table file and let go of the table."""
         self._table = None
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._close_file()
 
 
 @dataclass
@@ -278,6 +292,7 @@ class Images:
         self.doomed: set[ImageId] = set()
         """deleted images whose files are still there; they go once the deletion is durable"""
         self._open: dict[ImageId, Image] = {}
+        self._opened: dict[ImageId, Image] = {}
 
     def path(self, image: ImageId, suffix: str = "map") -> str:
         """Path of an image's table file, or of its ``durable`` copy."""
@@ -292,7 +307,8 @@ class Images:
                 raise StoreDamaged(f"image {number} is not in the catalog; run `ramfs fsck` on the store")
             live = None if row["live"] is None else self.layers[row["live"]]
             try:
-                image = Image(number, bool(row["frozen"]), live, unpack_layers(row["layers"]), self.path(number))
+                layers = unpack_layers(row["layers"])
+                image = Image(number, bool(row["frozen"]), live, layers, self.path(number), self._opened)
             except FileNotFoundError as exc:
                 raise StoreDamaged(f"table {self.path(number)} is missing; run `ramfs fsck` on the store") from exc
             self._open[number] = image
@@ -369,7 +385,7 @@ class Images:
             os.ftruncate(fd, table_length(header.size))
         finally:
             os.close(fd)
-        image = Image(number, frozen, None, layers, path)
+        image = Image(number, frozen, None, layers, path, self._opened)
         image.header_stale = not frozen
         image.synced_name = False
         return number, image

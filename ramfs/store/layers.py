@@ -27,6 +27,9 @@ from ramfs.units import LOST, MAX_FILE_SIZE, PAGE, PAGE_SHIFT, LayerId
 
 #: Layer files kept open and mapped at most; the least recently used are closed beyond it.
 OPEN_LAYERS: Final = 2048
+#: Bytes of layer files mapped at most, as there are 128 TiB of addresses. A layer is mapped in the size of its
+#: image, so a thousand generations of a large guest come to that.
+MAPPED: Final = 32 << 40
 Addresses = NDArray[np.uint64]
 _DIGEST_BATCH: Final = 128  # pages hashed before other threads get their turn: about 60 us
 
@@ -139,6 +142,8 @@ class Layers:
         """for each layer, the number of pages from 0 on that its mapping reaches"""
         self.retired: list[memoryview] = []
         """mappings that were replaced during a read, which may have gathered addresses in them: kept until the next"""
+        self._mapped = 0
+        """bytes of files that are mapped, without the retired"""
         for row in catalog.execute("SELECT * FROM layers"):
             self._add(Layer(row["id"], bool(row["sealed"]), bool(row["digested"]), row["base"], row["shift"]))
 
@@ -212,8 +217,11 @@ class Layers:
         file = self.file(layer)
         before = file.view
         view = file.map((page + layer.shift + 1) << PAGE_SHIFT)
-        if before is not None and before is not view:
-            self.retired.append(before)
+        if before is not view:
+            self._mapped += len(view)
+            if before is not None:
+                self._retire(before)
+            self._limit_mapped(file)
         self._unmap(file)  # the mapping may have moved
         file.mapped_as.add(number)
         if number >= len(self.bases):
@@ -229,18 +237,36 @@ class Layers:
             self.bases[number] = 0
         file.mapped_as.clear()
 
+    def _retire(self, view: memoryview) -> None:
+        self._mapped -= len(view)
+        self.retired.append(view)
+
+    def _drop_mapping(self, file: LayerFile) -> None:
+        self._unmap(file)
+        if file.view is not None:
+            self._retire(file.view)
+            file.view = None
+
+    def _limit_mapped(self, kept: LayerFile) -> None:
+        """Let go of the mappings of files that were not looked for longest."""
+        for file in self._files.values():
+            if self._mapped <= MAPPED:
+                return
+            if file is not kept:
+                self._drop_mapping(file)
+
     def _trim(self) -> None:
         while len(self._files) > OPEN_LAYERS:
-            oldest = next(iter(self._files.values()))
-            if oldest.view is not None:
-                self.retired.append(oldest.view)
-            self.close_file(next(iter(self._files)))
+            number, oldest = next(iter(self._files.items()))
+            self._drop_mapping(oldest)  # perhaps in the middle of a read
+            self.close_file(number)
 
     def close_file(self, number: LayerId) -> None:
         """Close the file of a layer, if it is open."""
         file = self._files.pop(number, None)
         if file is not None:
             self._unmap(file)
+            self._mapped -= 0 if file.view is None else len(file.view)
             file.close()
 
     def forget(self, layer: Layer) -> None:
