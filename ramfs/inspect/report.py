@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -64,7 +63,7 @@ class Observer:
                 "free": space.f_frsize * space.f_bavail,
                 "layers": self._layer_bytes(),
             },
-            "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "memory_bytes": _largest_resident(),
             "requests": asdict(self.counters),
             "connection": self.connection,
             "open_files": [
@@ -144,6 +143,12 @@ class Observer:
             return count_pages(_table(own), total, (_table(path) for path in others if os.path.exists(path)), places)
 
         return count
+
+
+def _largest_resident() -> int:
+    """Bytes. (getrusage would not do: across exec it remembers the process that started this one.)"""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
 
 
 def page_counts_text(counts: PageCounts) -> bytes:
