@@ -103,6 +103,15 @@ def copy_range(source: int, source_offset: int, target: int, target_offset: int,
         length -= done
 
 
+def sync_data(path: str) -> None:
+    """Make what a file holds durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fdatasync(fd)
+    finally:
+        os.close(fd)
+
+
 def sync_directory(path: str) -> None:
     """Make the names of a directory durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

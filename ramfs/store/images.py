@@ -24,7 +24,7 @@ import xxhash
 from ramfs.errors import StoreDamaged
 from ramfs.image.table import ENTRY, Entries, PageTable
 from ramfs.store.catalog import Catalog
-from ramfs.store.files import data_extents, read_exactly, sync_directory, write_all
+from ramfs.store.files import data_extents, read_exactly, sync_data, sync_directory, write_all
 from ramfs.store.layers import Layer, Layers
 from ramfs.units import MAX_FILE_SIZE, PAGE, PAGE_SHIFT, ZERO, ImageId, LayerId, pages
 
@@ -222,7 +222,8 @@ class SyncJob:
 
     owner: "Images"
     catalog: Catalog
-    layers: list[tuple[Layer, int]] = field(default_factory=list)
+    layers: list[tuple[Layer, str]] = field(default_factory=list)
+    """with the paths of their files: there may be more than there are descriptors"""
     layer_names: str | None = None
     """the directory of the layers, when there are new ones"""
     table_names: str | None = None
@@ -238,8 +239,10 @@ class SyncJob:
 
         (Were a row of ``layers`` lost, its number would be given again, and the table name another's pages.)
         """
-        for _, fd in self.layers:
-            os.fdatasync(fd)
+        for _, path in self.layers:
+            # One that is gone was removed as garbage meanwhile.
+            with contextlib.suppress(FileNotFoundError):
+                sync_data(path)
         if self.layer_names is not None:
             sync_directory(self.layer_names)
         self.catalog.sync()
@@ -262,9 +265,7 @@ class SyncJob:
             sync_directory(self.table_names)
 
     def close(self) -> None:
-        """Close what the job opened; always call it, on the loop."""
-        for _, fd in self.layers:
-            os.close(fd)
+        """Let go of the images; always call it, on the loop."""
         for image in self.images:
             self.owner.release(image)
 
@@ -512,8 +513,7 @@ class Images:
                 self._collect(job, image)
         for number in {self.layers[n].base for n in wanted if n in self.layers.by_id} & self.unsynced:
             layer = self.layers[number]
-            file = self.layers.file(layer)
-            job.layers.append((layer, os.dup(file.fd)))
+            job.layers.append((layer, self.layers.path(number)))
             self.unsynced.discard(number)
             job.undo.append(lambda number=number: self.unsynced.add(number))  # type: ignore[misc]
             if number in self.layers.unsynced_names:

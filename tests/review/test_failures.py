@@ -111,11 +111,11 @@ def test_a_sync_that_cannot_begin_counts_nothing_as_synced(store: Store, monkeyp
     """A descriptor short: the files that were looked at before it must be looked at again."""
     image = _image(store, b"x" * PAGE)
 
-    def short(_: int) -> int:
+    def short(*_: object) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     with monkeypatch.context() as patch:
-        patch.setattr(images.os, "dup", short)
+        patch.setattr(store.layers, "path", short)
         with pytest.raises(OSError, match="Too many"):
             store.sync_all()
     assert image.header_stale

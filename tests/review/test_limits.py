@@ -42,6 +42,9 @@ def test_tables_of_many_files_are_not_all_open(shm: Path, monkeypatch: pytest.Mo
         made += [store.images.copy(image, frozen=True) for image in made]
     tables = f"{shm}/store/tables/"
     links = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+    job = store.sync_all()
+    job.run()
+    job.close()
     assert sum(link.startswith(tables) for link in links) <= 4
     for number, image in enumerate(made):
         assert pager.copy_out(image, 0, PAGE) == bytes([number % 20 + 1]) * PAGE
