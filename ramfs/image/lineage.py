@@ -1,13 +1,16 @@
 """What images have in common: counts of pages, changed sets, and which layers may be merged."""
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ramfs.image.table import PageTable
+from ramfs.image.table import Mask, PageTable
 from ramfs.units import ZERO, LayerId
+
+#: Pages looked at in one go: about a millisecond in which the loop waits for the interpreter.
+_SLICE: Final = 1 << 16
 
 
 class PageCounts(NamedTuple):
@@ -39,23 +42,41 @@ def count_pages(table: PageTable, total: int, others: Iterable[PageTable], place
             theirs = other.entries[a:b]
             mask[: len(theirs)] |= table.entries[a : a + len(theirs)] == theirs
         if len(keys):
-            found |= np.isin(keys, _moved(other, other.capacity, places)[1])
-    shared = np.zeros(0, np.int64)
+            known = _moved(other, other.capacity, places)[1]
+            known.sort()
+            found |= _among(keys, known)
+    shared: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
     stored = 0
     for (a, b), mask in zip(regions, masks, strict=True):
         named = table.entries[a:b] != ZERO
         stored += int(np.count_nonzero(named))
-        shared = np.append(shared, np.flatnonzero(mask & named) + a)
-    count = len(np.union1d(shared, moved[found])) if found.any() else len(shared)
+        shared.append(np.flatnonzero(mask & named) + a)
+    in_place, also = np.concatenate(shared), moved[found]
+    count = len(in_place) + len(also) - int(np.count_nonzero(_among(also, in_place)))
     return PageCounts(stored - count, count, total - stored, 0, total)
+
+
+def _among(values: NDArray[Any], known: NDArray[Any]) -> Mask:
+    """Which of the values are in ``known``, which is in order. (np.isin keeps the interpreter's lock for seconds.)"""
+    found = np.zeros(len(values), np.bool_)
+    for low in range(0, len(values) if len(known) else 0, _SLICE):
+        part = values[low : low + _SLICE]
+        found[low : low + _SLICE] = known[np.minimum(np.searchsorted(known, part), len(known) - 1)] == part
+    return found
 
 
 def _moved(table: PageTable, stop: int, places: Places) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
     """The pages whose layer is in ``places``, and for each a number that tells where its bytes are."""
     pages, keys = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
-    for a, b in table.regions(stop=stop) if places else ():
-        for number, (base, shift) in places.items():
-            found = np.flatnonzero(table.entries[a:b] == number) + a
-            pages.append(found)
-            keys.append((found + shift).astype(np.uint64) | np.uint64(base << 32))
+    end = max(places, default=0) + 1
+    bases, shifts = np.zeros(end, np.uint64), np.zeros(end, np.int64)
+    for number, (base, shift) in places.items():
+        bases[number], shifts[number] = base, shift
+    for first, last in table.regions(stop=stop) if places else ():
+        for a in range(first, last, _SLICE):
+            entries = table.entries[a : min(a + _SLICE, last)]
+            found = np.flatnonzero(bases[np.where(entries < end, entries, 0)])
+            names = entries[found]
+            pages.append(found + a)
+            keys.append((found + a + shifts[names]).astype(np.uint64) | bases[names] << np.uint64(32))
     return np.concatenate(pages), np.concatenate(keys)
