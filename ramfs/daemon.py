@@ -80,7 +80,9 @@ class Daemon:
         try:
             self.pager = Pager(store)
             self.namespace = Namespace(self.pager)
-            self.observer = Observer(store, self.namespace, Counters(), request.mountpoint, {}, time.monotonic())
+            self.observer = Observer(
+                store, self.namespace, Counters(), request.mountpoint, Session.connection, time.monotonic()
+            )
             self.flusher = Flusher(request.mountpoint)
             self.operations = Operations(
                 self.pager, self.namespace, self.observer, self.flusher, template_rdwr=request.template_rdwr
@@ -124,7 +126,6 @@ class Daemon:
                 "cannot set %s of the mount: guests that dirty much memory will be held back",
                 ", ".join(refused),
             )
-        self.observer.connection = Session.connection()
         nursery.start_soon(self._keep_house)
         nursery.start_soon(self._checkpoint)
         log.info("mounted %s at %s", self.request.store, self.request.mountpoint)

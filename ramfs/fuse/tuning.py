@@ -14,7 +14,10 @@ _WANTED: Final = (("read_ahead_kb", str(READ_AHEAD_KB)), ("strict_limit", "0"), 
 
 
 def tune(device: int, wanted: tuple[tuple[str, str], ...] = _WANTED) -> list[str]:
-    """Set the limits of the mount whose st_dev is ``device``. Returns those that could not be set, and why."""
+    """Set the limits of the mount whose st_dev is ``device``. Returns those that could not be set, and why.
+
+    A mount that is gone again has nothing to set.
+    """
     directory = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}"
     refused = []
     for name, value in wanted:
@@ -24,4 +27,4 @@ def tune(device: int, wanted: tuple[tuple[str, str], ...] = _WANTED) -> list[str
         except OSError as exc:
             # strict_limit came with Linux 6.2
             refused.append(f"{name} ({'this kernel lacks it' if exc.errno == errno.ENOENT else 'needs root'})")
-    return refused
+    return refused if os.path.isdir(directory) else []

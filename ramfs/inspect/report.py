@@ -29,7 +29,8 @@ class Observer:
     namespace: Namespace
     counters: Counters
     mountpoint: str
-    connection: dict[str, int]
+    connection: Callable[[], dict[str, int]]
+    """what was settled with the kernel"""
     started: float
 
     def status(self) -> dict[str, Any]:
@@ -65,7 +66,7 @@ class Observer:
             },
             "memory_bytes": _largest_resident(),
             "requests": asdict(self.counters),
-            "connection": self.connection,
+            "connection": self.connection(),
             "open_files": [
                 {
                     "path": self._name(inode.ino),
