@@ -46,6 +46,13 @@ def images() -> tuple[Path, Path]:
     return Path(kernel), Path(initrd)
 
 
+def listens(path: Path) -> bool:
+    """Does somebody listen at a socket? Its name is there a moment earlier; and QEMU takes one connection only."""
+    accepts = "00010000"  # __SO_ACCEPTCON
+    lines = (line.split() for line in Path("/proc/net/unix").read_text().splitlines())
+    return any(words[-1] == str(path) and words[3] == accepts for words in lines)
+
+
 class GuestFailed(AssertionError):
     """QEMU ended, or the guest did not do what was expected in time; the message has what both said."""
 
@@ -111,7 +118,7 @@ class Guest:
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
         try:
-            self._wait(self.socket.exists, 20, "has no QMP socket")
+            self._wait(lambda: listens(self.socket), 20, "has no QMP socket")
         except BaseException:
             self.close()
             raise
