@@ -100,6 +100,8 @@ class Replay:
     def __init__(self, disk: RecordedDisk, work: Path) -> None:
         self.work = work
         self.log = disk.log.read_bytes()
+        # XFS trusts the LSN at the head of a block, so one that is torn is more than its recovery can mend.
+        self.atom = 4096 if disk.fstype == "xfs" else SECTOR
         self.base = work / "base"
         call("cp", "--sparse=always", disk.pristine, self.base)
         self.records: list[tuple[int, Write | None]] = []
@@ -150,7 +152,7 @@ class Replay:
             for write in since:
                 data = write.data
                 if rng is not None and rng.random() < 0.1:
-                    data = data[: rng.randrange(len(data) // SECTOR + 1) * SECTOR]
+                    data = data[: rng.randrange(len(data) // self.atom + 1) * self.atom]
                 file.seek(write.offset)
                 file.write(data)
         return image
