@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import ramfs
+from ramfs.errors import StoreDamaged
 from ramfs.image.lineage import PageCounts, count_pages
-from ramfs.image.table import PageTable
 from ramfs.inspect.counters import Counters
 from ramfs.namespace import Namespace
-from ramfs.store.images import Image, load_table
+from ramfs.store.images import Image, read_table
 from ramfs.store.store import Store
 from ramfs.units import SNAP_BIT
 
@@ -141,7 +141,11 @@ class Observer:
         own, total = image.path, image.pages
 
         def count() -> PageCounts:
-            return count_pages(_table(own), total, (_table(path) for path in others if os.path.exists(path)), places)
+            table = read_table(own)
+            if table is None:
+                raise StoreDamaged(f"table {own} is missing; run `ramfs fsck` on the store")
+            relatives = map(read_table, others)  # one that has gone since shares nothing
+            return count_pages(table, total, (other for other in relatives if other is not None), places)
 
         return count
 
@@ -155,11 +159,3 @@ def _largest_resident() -> int:
 def page_counts_text(counts: PageCounts) -> bytes:
     """The value of the attribute ``user.ramfs.pages``: the counts as a JSON object."""
     return json.dumps(counts._asdict()).encode()
-
-
-def _table(path: str) -> PageTable:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return load_table(fd, path)[1]
-    finally:
-        os.close(fd)

@@ -25,9 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramfs.image.digest import DIGEST
-from ramfs.image.table import CHUNK_SHIFT, Mask, PageTable, runs_of
+from ramfs.image.table import CHUNK_SHIFT, Mask, runs_of
 from ramfs.store.files import copy_range, data_extents, punch_hole
-from ramfs.store.images import Image, load_table
+from ramfs.store.images import Image, read_table
 from ramfs.store.store import Store
 from ramfs.units import PAGE, PAGE_SHIFT, ImageId, LayerId
 
@@ -41,18 +41,6 @@ _NOWHERE: Final = -(1 << 62)
 #: Pages that get or lack that memory together: a file of terabytes with a few pages in it takes next to none.
 _CHUNK_SHIFT: Final = 12
 _CHUNK: Final = 1 << _CHUNK_SHIFT
-
-
-def _read_table(path: str) -> PageTable | None:
-    """The table in a file; None if there is no such file (any more)."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    try:
-        return load_table(fd, path)[1]
-    finally:
-        os.close(fd)
 
 
 class _Marks:
@@ -179,7 +167,7 @@ class Pass:
 
     def _scan_image(self, image: ImageId) -> None:
         for suffix in ("map", "durable"):  # a durable table is missing until the first sync, or frozen for good
-            table = _read_table(self.store.images.path(image, suffix))
+            table = read_table(self.store.images.path(image, suffix))
             if table is None:
                 continue
             for first, stop in table.regions():
@@ -327,10 +315,10 @@ class Merge:
     def copy(self) -> None:
         """Copy pages to their places in the target (thread)."""
         layers, images = self.store.layers, self.store.images
-        table = _read_table(images.path(self.image))
+        table = read_table(images.path(self.image))
         if table is None:
             return
-        durable = _read_table(images.path(self.image, "durable"))
+        durable = read_table(images.path(self.image, "durable"))
         settled = np.ones(table.capacity, np.bool_)
         if durable is not None:
             shorter = min(table.capacity, durable.capacity)

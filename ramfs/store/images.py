@@ -84,6 +84,18 @@ def load_table(fd: int, path: str) -> tuple[Header, PageTable]:
     return header, table
 
 
+def read_table(path: str) -> PageTable | None:
+    """The table in a file (any thread); None if there is no such file (any more)."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        return load_table(fd, path)[1]
+    finally:
+        os.close(fd)
+
+
 def pack_layers(layers: Iterable[LayerId]) -> bytes:
     """The ``images.layers`` blob."""
     return np.array(sorted(layers), "<u4").tobytes()

@@ -20,7 +20,7 @@ from ramfs.errors import StoreDamaged, StoreError
 from ramfs.image.digest import DIGEST
 from ramfs.image.table import ENTRY, Mask, runs_of
 from ramfs.store.catalog import Catalog
-from ramfs.store.files import copy_range, data_extents, read_exactly, stored_pages, sync_directory, write_all
+from ramfs.store.files import copy_range, data_extents, read_exactly, stored_pages, sync_data, sync_directory, write_all
 from ramfs.store.images import (
     HEADER,
     Header,
@@ -149,11 +149,7 @@ class Store:
                 continue  # the durable copy is the better one, for fsck
             temporary = bad + ".new"
             _copy_sparse(good, temporary)
-            fd = os.open(temporary, os.O_RDONLY)
-            try:
-                os.fdatasync(fd)
-            finally:
-                os.close(fd)
+            sync_data(temporary)
             os.rename(temporary, bad)
         sync_directory(self.images.directory)
 
