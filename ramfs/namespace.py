@@ -607,9 +607,12 @@ class Namespace:
             directory, path = todo.pop()
             for _, name, ino in list(self.names(directory)):
                 child = self.inodes.get(ino)
-                row = child or self.catalog.row("SELECT mode FROM inodes WHERE ino = ?", ino)
-                mode = child.mode if child is not None else row["mode"] if row is not None else 0  # type: ignore[index]
-                if stat.S_ISDIR(mode):
+                if child is None:
+                    row = self.catalog.row("SELECT mode FROM inodes WHERE ino = ?", ino)
+                    is_dir = row is not None and stat.S_ISDIR(row["mode"])
+                else:
+                    is_dir = child.is_dir
+                if is_dir:
                     todo.append((ino, path + name + b"/"))
                 elif child is not None and child.image is not None:
                     yield path + name, child
