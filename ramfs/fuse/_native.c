@@ -1,10 +1,11 @@
 /* What pyfuse3 lacks, added from below.
  *
  * pyfuse3 calls libfuse through the dynamic linker. This module is loaded with RTLD_GLOBAL before pyfuse3, so
- * the two functions of libfuse that are defined here again are found first:
+ * the functions of libfuse that are defined here again are found first:
  *
  *   fuse_session_new          completes the table of operations, keeps the session, sets what INIT asks for
  *   fuse_session_receive_buf  answers READ and WRITE at once, without a turn through the event loop
+ *   fuse_reply_open, _create  can tell the kernel more of an open file than pyfuse3 has words for (mark_open)
  *
  * and the INIT reply gets one flag that libfuse does not know (edit_init).
  *
@@ -40,10 +41,15 @@ static struct fuse_lowlevel_ops theirs; /* pyfuse3's operations */
 static struct fuse_conn_info negotiated;
 static unsigned long long answered;
 static const struct fuse_in_header *current; /* the READ or WRITE being answered, as the kernel wrote it */
+static unsigned long long unique;            /* of the request that was last given to pyfuse3 */
+static struct { uint64_t fh; uint32_t flags; int32_t backing; } marked; /* what the next reply to an OPEN bears too */
+static int opening;                                                     /* that reply is on its way */
 
 static struct fuse_session *(*real_session_new)(struct fuse_args *, const struct fuse_lowlevel_ops *, size_t, void *);
 static int (*real_receive_buf)(struct fuse_session *, struct fuse_buf *);
 static void (*real_process_buf)(struct fuse_session *, const struct fuse_buf *);
+static int (*real_reply_open)(fuse_req_t, const struct fuse_file_info *);
+static int (*real_reply_create)(fuse_req_t, const struct fuse_entry_param *, const struct fuse_file_info *);
 
 /* The error number of an answer that is not what it should be; the handler's own errors come as -errno. */
 static int broken(int which, PyObject *answer)
@@ -224,7 +230,9 @@ static int resolve(void)
     real_session_new = dlsym(fuse, "fuse_session_new");
     real_receive_buf = dlsym(fuse, "fuse_session_receive_buf");
     real_process_buf = dlsym(fuse, "fuse_session_process_buf");
-    return real_session_new && real_receive_buf && real_process_buf ? 0 : -1;
+    real_reply_open = dlsym(fuse, "fuse_reply_open");
+    real_reply_create = dlsym(fuse, "fuse_reply_create");
+    return real_session_new && real_receive_buf && real_process_buf && real_reply_open && real_reply_create ? 0 : -1;
 }
 
 __attribute__((visibility("default"))) struct fuse_session *
@@ -257,8 +265,6 @@ static long long now_ns(void)
 static int answers(const struct fuse_buf *buf)
 {
     uint32_t opcode = ((const struct fuse_in_header *)buf->mem)->opcode;
-    if (buf->flags & FUSE_BUF_IS_FD)
-        return 0;
     return (opcode == FUSE_READ && handlers[ON_READ]) || (opcode == FUSE_WRITE && handlers[ON_WRITE]);
 }
 
@@ -276,8 +282,12 @@ __attribute__((visibility("default"))) int fuse_session_receive_buf(struct fuse_
         }
         if (res == -EAGAIN) /* the descriptor does not block; pyfuse3 waits again after EINTR */
             return -EINTR;
-        if (res <= 0 || se != session || !answers(buf))
+        if (res <= 0 || se != session || buf->flags & FUSE_BUF_IS_FD)
             return res;
+        if (!answers(buf)) {
+            unique = ((const struct fuse_in_header *)buf->mem)->unique;
+            return res;
+        }
         /* Look for the next one only while they come close together, or an idle guest would cost a core. */
         close_together = spin_ns && now_ns() - done < 2 * spin_ns;
         current = buf->mem;
@@ -288,6 +298,40 @@ __attribute__((visibility("default"))) int fuse_session_receive_buf(struct fuse_
         if (n + 1 >= burst)
             return -EINTR;
     }
+}
+
+__attribute__((visibility("default"))) int fuse_reply_open(fuse_req_t req, const struct fuse_file_info *fi)
+{
+    opening = fi->fh == marked.fh;
+    int res = real_reply_open(req, fi);
+    opening = 0;
+    return res;
+}
+
+__attribute__((visibility("default"))) int fuse_reply_create(fuse_req_t req, const struct fuse_entry_param *entry,
+                                                             const struct fuse_file_info *fi)
+{
+    opening = fi->fh == marked.fh;
+    int res = real_reply_create(req, entry, fi);
+    opening = 0;
+    return res;
+}
+
+static PyObject *py_mark_open(PyObject *self, PyObject *args)
+{
+    unsigned long long fh;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "KIi", &fh, &marked.flags, &marked.backing))
+        return NULL;
+    marked.fh = fh;
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_unique(PyObject *self, PyObject *none)
+{
+    (void)self;
+    (void)none;
+    return PyLong_FromUnsignedLongLong(unique);
 }
 
 static PyObject *py_install(PyObject *self, PyObject *args, PyObject *kwargs)
@@ -306,12 +350,19 @@ static PyObject *py_install(PyObject *self, PyObject *args, PyObject *kwargs)
     Py_RETURN_NONE;
 }
 
-/* The kernel asks for the attribute security.capability before every write(2) unless the server promises to
- * drop privileges itself. libfuse 3.14 has no word for that promise, so it is put into the reply on its way. */
+/* Replies on their way to the kernel. INIT: the kernel asks for the attribute security.capability before every
+ * write(2) unless the server promises to drop privileges itself, for which libfuse 3.14 has no word. OPEN and
+ * CREATE: see mark_open. */
 static ssize_t reply_writev(int fd, struct iovec *iov, int count, void *userdata)
 {
     static int init_done;
     (void)userdata;
+    if (opening && count >= 2 && iov[1].iov_len >= sizeof(struct fuse_open_out)) { /* the last part, also of CREATE's */
+        struct fuse_open_out *out =
+            (struct fuse_open_out *)((char *)iov[1].iov_base + iov[1].iov_len - sizeof(struct fuse_open_out));
+        out->open_flags |= marked.flags;
+        out->padding = (uint32_t)marked.backing; /* its name before Linux 6.9 */
+    }
     if (!init_done && count >= 2 && iov[1].iov_len == sizeof(struct fuse_init_out)) {
         struct fuse_init_out *out = iov[1].iov_base;
         if (out->major == FUSE_KERNEL_VERSION) {
@@ -357,6 +408,9 @@ static PyObject *py_connection(PyObject *self, PyObject *none)
 static PyMethodDef methods[] = {
     {"install", (PyCFunction)(void (*)(void))py_install, METH_VARARGS | METH_KEYWORDS,
      "Set the handlers and the limits that fuse_session_new and INIT will use."},
+    {"mark_open", py_mark_open, METH_VARARGS,
+     "The reply that gives the kernel handle fh next bears these FOPEN_ flags too, and a backing id (0: none)."},
+    {"unique", py_unique, METH_NOARGS, "The number of the request that pyfuse3 was given last: ask at a handler's start."},
     {"session_fd", py_session_fd, METH_NOARGS, "The descriptor of the session that pyfuse3 made, -1 if it made none here."},
     {"edit_init", py_edit_init, METH_NOARGS, "Complete the INIT reply; call after pyfuse3.init. Returns 0 or -errno."},
     {"connection", py_connection, METH_NOARGS, "What INIT settled, and how many requests were answered at once."},
