@@ -19,7 +19,7 @@ import trio
 from ramfs.errors import FileError
 from ramfs.fuse import virtual
 from ramfs.fuse.answers import answered, errno_of
-from ramfs.fuse.extension import pyfuse3
+from ramfs.fuse.extension import native, pyfuse3
 from ramfs.fuse.flush import Flusher
 from ramfs.fuse.handles import FileHandle, VirtualHandle
 from ramfs.inspect.counters import Counters
@@ -39,6 +39,8 @@ _KEEP: Final = 300.0
 _KEEP_OPEN: Final = 0.5
 #: How long a create waits for a file whose last user has died but was not yet closed by the kernel.
 _GRACE: Final = 2.0
+#: Of an OPEN's reply: the close of this descriptor flushes nothing. (linux/fuse.h; pyfuse3 has no word for it.)
+_FOPEN_NOFLUSH: Final = 1 << 5
 #: How often a flush looks for files that were renamed under it.
 _ATTEMPTS: Final = 10
 
@@ -363,6 +365,9 @@ class Operations(pyfuse3.Operations):
         inode.opens[handle] = Opener(pid, writable and not inode.frozen)
         self._images[handle] = image
         self._files[handle] = FileHandle(handle, inode, image)
+        if not writable:
+            # The kernel else writes back all that a guest has dirty whenever a reader of its memory closes it.
+            native.mark_open(handle, _FOPEN_NOFLUSH, 0)
         # A frozen file that is open for writing must not be mapped shared: stores would stay in the page
         # cache, seen by everybody, though no write is accepted. direct_io makes the kernel refuse that.
         return pyfuse3.FileInfo(fh=handle, keep_cache=True, direct_io=inode.frozen and writable)

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import errno
+import json
 import mmap
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
+from harness import Mount
 from mount.posix import PAGE, Process, fails, in_child, opened, pattern, read
 
 SHARED = mmap.MAP_SHARED
 PRIVATE = mmap.MAP_PRIVATE
+
+
+def writes(mount: Mount) -> int:
+    """WRITE requests that the daemon has answered."""
+    status = json.loads((mount.path / ".ramfs" / "status.json").read_text())
+    return int(status["requests"]["writes"])
 
 
 def file_of(here: Path, data: bytes) -> Path:
@@ -69,6 +78,53 @@ def test_msync_and_close_keep_the_stores(here: Path) -> None:
     with opened(path, os.O_RDONLY | os.O_DIRECT) as fd, mmap.mmap(-1, 64 * PAGE) as memory:
         assert os.preadv(fd, [memory], 0) == 64 * PAGE
         assert memory[:] == model
+
+
+def test_a_reader_flushes_nothing_and_a_snapshot_everything(shared: Mount, here: Path) -> None:
+    model = pattern(64 * PAGE)
+    path = file_of(here, bytes(64 * PAGE))
+
+    def store() -> tuple[mmap.mmap, int]:
+        fd = os.open(path, os.O_RDWR)
+        memory = mmap.mmap(fd, 0)
+        memory[:] = model
+        return memory, fd
+
+    with Process(store):
+        before = writes(shared)
+        assert subprocess.run(["cat", path], capture_output=True, check=True).stdout == model
+        assert read(path) == model
+        assert writes(shared) == before
+        (here / ".snap" / "s").mkdir()
+        assert writes(shared) > before
+    assert read(here / ".snap" / "s" / "f") == model
+
+
+def test_closing_what_could_be_written_to_flushes(shared: Mount, here: Path) -> None:
+    path = file_of(here, bytes(PAGE))
+    with opened(path) as fd, mmap.mmap(fd, 0) as memory:
+        memory[0] = 1
+        before = writes(shared)
+        with opened(path):
+            pass
+        assert writes(shared) > before
+
+
+def test_the_last_munmap_flushes_after_the_last_close(shared: Mount, here: Path) -> None:
+    path = file_of(here, bytes(PAGE))
+
+    def store() -> None:
+        with opened(path) as fd:
+            memory = mmap.mmap(fd, 0)  # with a descriptor of its own, which is closed here too ...
+        memory[0] = 1
+        memory.close()
+
+    before = writes(shared)
+    in_child(store)
+    assert writes(shared) > before
+    with opened(path, os.O_RDONLY | os.O_DIRECT) as fd, mmap.mmap(-1, PAGE) as memory:
+        assert os.preadv(fd, [memory], 0) == PAGE
+        assert memory[0] == 1
 
 
 def test_mtime_tells_of_stores_after_msync(here: Path) -> None:
