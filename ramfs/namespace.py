@@ -28,7 +28,7 @@ RESERVED: Final = frozenset((b".", b"..", SNAP))
 MAX_XATTR: Final = 65536
 CONTROL_XATTR: Final = b"user.ramfs."
 
-_COLUMNS: Final = ("mode", "uid", "gid", "nlink", "rdev", "atime", "mtime", "ctime", "parent")
+_COLUMNS: Final = ("mode", "uid", "gid", "nlink", "rdev", "atime", "mtime", "ctime", "parent", "btime")
 
 
 @dataclass(slots=True, eq=False)
@@ -48,6 +48,8 @@ class Inode:
     frozen: bool = False
     image: Image | None = None
     target: bytes | None = None
+    btime: int = 0
+    """when it was made; 0: not known"""
     lookups: int = 0
     aliases: int = 0
     """QEMU's temporary names that lead here"""
@@ -135,9 +137,9 @@ class Namespace:
             if self.catalog.row("SELECT ino FROM inodes WHERE ino = ?", ROOT) is None:
                 now = time.time_ns()
                 self.catalog.execute(
-                    "INSERT INTO inodes (ino, mode, uid, gid, nlink, atime, mtime, ctime, parent)"
-                    " VALUES (?, ?, ?, ?, 2, ?, ?, ?, ?)",
-                    ROOT, stat.S_IFDIR | 0o700, os.getuid(), os.getgid(), now, now, now, ROOT,
+                    "INSERT INTO inodes (ino, mode, uid, gid, nlink, atime, mtime, ctime, btime, parent)"
+                    " VALUES (?, ?, ?, ?, 2, ?, ?, ?, ?, ?)",
+                    ROOT, stat.S_IFDIR | 0o700, os.getuid(), os.getgid(), now, now, now, now, ROOT,
                 )  # fmt: skip
             for row in self.catalog.execute("SELECT ino FROM inodes WHERE nlink = 0").fetchall():
                 self._destroy_tree(row["ino"])
@@ -171,7 +173,7 @@ class Namespace:
         """Give a ``.snap`` the owner, mode and times of its directory."""
         base = self.get(InodeNumber(snap.ino & ~SNAP_BIT))
         snap.mode, snap.uid, snap.gid = base.mode, base.uid, base.gid
-        snap.atime, snap.mtime, snap.ctime = base.atime, base.mtime, base.ctime
+        snap.atime, snap.mtime, snap.ctime, snap.btime = base.atime, base.mtime, base.ctime, base.btime
 
     def get_root(self) -> Inode:
         """The root directory."""
@@ -321,17 +323,20 @@ class Namespace:
     def _insert(
         self, mode: int, uid: int, gid: int, *, nlink: int, rdev: int = 0, parent: InodeNumber | None = None,
         image: Image | None = None, target: bytes | None = None, frozen: bool = False,
-        times: tuple[int, int, int] | None = None,
+        times: tuple[int, int, int, int] | None = None,
     ) -> Inode:  # fmt: skip
         """A new inode's row and object; not yet in memory's table. In a transaction."""
-        atime, mtime, ctime = times or (now := time.time_ns(), now, now)
+        atime, mtime, ctime, btime = times or (now := time.time_ns(), now, now, now)
         ino = self.catalog.insert(
-            "INSERT INTO inodes (mode, uid, gid, nlink, rdev, atime, mtime, ctime, parent, frozen, image, target)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO inodes"
+            " (mode, uid, gid, nlink, rdev, atime, mtime, ctime, parent, frozen, image, target, btime)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             mode, uid, gid, nlink, rdev, atime, mtime, ctime, parent, int(frozen),
-            None if image is None else image.id, target,
+            None if image is None else image.id, target, btime,
         )  # fmt: skip
-        return Inode(InodeNumber(ino), mode, uid, gid, nlink, rdev, atime, mtime, ctime, parent, frozen, image, target)
+        return Inode(
+            InodeNumber(ino), mode, uid, gid, nlink, rdev, atime, mtime, ctime, parent, frozen, image, target, btime
+        )
 
     def _add_name(self, parent: InodeNumber, name: bytes, ino: InodeNumber) -> None:
         self.catalog.execute("INSERT INTO names (parent, name, ino) VALUES (?, ?, ?)", parent, name, ino)
@@ -357,13 +362,24 @@ class Namespace:
         self.inodes[inode.ino] = inode
         return inode
 
+    def make_unnamed(self, parent: InodeNumber, mode: int, caller: Caller) -> Inode:
+        """A new regular file that goes with its last user, unless :meth:`link` gives it a name (O_TMPFILE)."""
+        directory = self.writable_dir(parent)
+        gid = directory.gid if directory.mode & stat.S_ISGID else caller.gid
+        with self.catalog.transaction():
+            inode = self._insert(mode, caller.uid, gid, nlink=0, image=self.images.create())
+        self.inodes[inode.ino] = inode
+        return inode
+
     def link(self, ino: InodeNumber, parent: InodeNumber, name: bytes) -> Inode:
         """Another name for an inode; a frozen file may get one outside of its snapshot."""
         directory, inode = self.writable_dir(parent), self.get(ino)
         self._free_name(parent, name)
         if inode.is_dir:
             raise FileError(errno.EPERM)
-        if inode.nlink == 0:
+        # Of files without a name the kernel lets only those made by O_TMPFILE have one. It does not see when a
+        # snapshot is deleted.
+        if inode.nlink == 0 and inode.frozen:
             raise FileError(errno.ENOENT)
         with self.catalog.transaction():
             self._add_name(parent, name, ino)
@@ -680,9 +696,10 @@ class Namespace:
     ) -> Inode:
         """Copy rows of a directory and all below it. ``caller`` is asked for permission and owns the copies."""
         copies: dict[InodeNumber, InodeNumber] = {}  # hard links within the tree stay hard links
+        now = time.time_ns()
         if caller is not None:
             _check_copy(source, caller)
-        top = self._copy_inode(source, parent, caller, frozen=frozen, nlink=0)
+        top = self._copy_inode(source, parent, caller, now, frozen=frozen, nlink=0)
         todo = [(source.ino, top.ino)]
         while todo:
             old_dir, new_dir = todo.pop()
@@ -700,7 +717,7 @@ class Namespace:
                         if child.image is not None:
                             image = self.images.copy(child.image, frozen=frozen)
                             images.append(image)
-                        copy = self._copy_inode(child, new_dir, caller, frozen=frozen, nlink=links, image=image)
+                        copy = self._copy_inode(child, new_dir, caller, now, frozen=frozen, nlink=links, image=image)
                         copies[ino] = copy.ino
                     self._add_name(new_dir, name, copies[ino])
                     if child.is_dir:
@@ -711,7 +728,7 @@ class Namespace:
         return top
 
     def _copy_inode(
-        self, inode: Inode, parent: InodeNumber, caller: Caller | None, *, frozen: bool, nlink: int,
+        self, inode: Inode, parent: InodeNumber, caller: Caller | None, btime: int, *, frozen: bool, nlink: int,
         image: Image | None = None,
     ) -> Inode:  # fmt: skip
         uid, gid, mode = inode.uid, inode.gid, inode.mode
@@ -719,7 +736,7 @@ class Namespace:
             uid, gid, mode = caller.uid, caller.gid, mode & ~(stat.S_ISUID | stat.S_ISGID)
         copy = self._insert(
             mode, uid, gid, nlink=nlink, rdev=inode.rdev, parent=parent if inode.is_dir else None, image=image,
-            target=inode.target, frozen=frozen, times=(inode.atime, inode.mtime, inode.ctime),
+            target=inode.target, frozen=frozen, times=(inode.atime, inode.mtime, inode.ctime, btime),
         )  # fmt: skip
         self.catalog.execute("INSERT INTO xattrs SELECT ?, name, value FROM xattrs WHERE ino = ?", copy.ino, inode.ino)
         return copy

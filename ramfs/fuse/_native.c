@@ -4,14 +4,17 @@
  * the functions of libfuse that are defined here again are found first:
  *
  *   fuse_session_new          completes the table of operations, keeps the session, sets what INIT asks for
- *   fuse_session_receive_buf  answers READ and WRITE at once, without a turn through the event loop
+ *   fuse_session_receive_buf  answers READ and WRITE at once, without a turn through the event loop, and what
+ *                             libfuse has no word for (raw requests)
  *   fuse_reply_open, _create  can tell the kernel more of an open file than pyfuse3 has words for (mark_open)
  *
  * and the INIT reply gets one flag that libfuse does not know (edit_init).
  *
  * Everything here runs in pyfuse3's loop, which enters libfuse with the GIL held. Operations are handed to
  * Python functions that answer at once (see operations.py); one more operation of libfuse is a row in HANDLERS,
- * a field in the table of fuse_session_new and a function that translates the arguments.
+ * a field in the table of fuse_session_new and a function that translates the arguments. An operation that libfuse
+ * does not know either is an entry of the dict "raw": its opcode, and a Python function that is given the number of
+ * the inode and what follows the header of the request, and returns what follows the header of the reply.
  */
 #define PY_SSIZE_T_CLEAN
 #define _GNU_SOURCE
@@ -20,6 +23,7 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fuse_lowlevel.h>
+#include <linux/fs.h>
 #include <linux/fuse.h>
 #include <stdlib.h>
 #include <string.h>
@@ -28,8 +32,8 @@
 #include <unistd.h>
 
 enum { PAGE = 4096 };
-enum { ON_READ, ON_MAP, ON_WRITE, ON_COPY, HANDLERS };
-static const char *const handler_names[HANDLERS] = {"read", "map_layer", "write", "copy_file_range"};
+enum { ON_READ, ON_MAP, ON_WRITE, ON_COPY, ON_IOCTL, ON_RAW, HANDLERS };
+static const char *const handler_names[HANDLERS] = {"read", "map_layer", "write", "copy_file_range", "ioctl", "raw"};
 static PyObject *handlers[HANDLERS];
 
 static unsigned max_background = 64, max_readahead = 1 << 20, max_write = 1 << 20;
@@ -40,10 +44,12 @@ static struct fuse_session *session;
 static struct fuse_lowlevel_ops theirs; /* pyfuse3's operations */
 static struct fuse_conn_info negotiated;
 static unsigned long long answered;
-static const struct fuse_in_header *current; /* the READ or WRITE being answered, as the kernel wrote it */
+static const struct fuse_in_header *current; /* the request being answered at once, as the kernel wrote it */
 static unsigned long long unique;            /* of the request that was last given to pyfuse3 */
 static struct { uint64_t fh; uint32_t flags; int32_t backing; } marked; /* what the next reply to an OPEN bears too */
 static int opening;                                                     /* that reply is on its way */
+
+static ssize_t reply_writev(int fd, struct iovec *iov, int count, void *userdata);
 
 static struct fuse_session *(*real_session_new)(struct fuse_args *, const struct fuse_lowlevel_ops *, size_t, void *);
 static int (*real_receive_buf)(struct fuse_session *, struct fuse_buf *);
@@ -205,6 +211,24 @@ static void on_copy_file_range(fuse_req_t req, fuse_ino_t from, off_t from_offse
                                       (Py_ssize_t)length, flags));
 }
 
+static void on_ioctl(fuse_req_t req, fuse_ino_t ino, unsigned cmd, void *arg, struct fuse_file_info *fi, unsigned flags,
+                     const void *in, size_t in_size, size_t out_size)
+{
+    PyObject *answer = PyObject_CallFunction(handlers[ON_IOCTL], "KIy#n", (unsigned long long)ino, cmd, in ? in : "",
+                                             (Py_ssize_t)in_size, (Py_ssize_t)out_size);
+    int error = error_of(answer);
+    (void)arg;
+    (void)fi;
+    (void)flags;
+    if (error == 0 && (answer == NULL || !PyBytes_Check(answer) || (size_t)PyBytes_GET_SIZE(answer) > out_size))
+        error = broken(ON_IOCTL, answer);
+    if (error)
+        fuse_reply_err(req, error);
+    else
+        fuse_reply_ioctl(req, 0, PyBytes_AS_STRING(answer), (size_t)PyBytes_GET_SIZE(answer));
+    Py_XDECREF(answer);
+}
+
 static void on_init(void *userdata, struct fuse_conn_info *conn)
 {
     theirs.init(userdata, conn);
@@ -251,6 +275,8 @@ fuse_session_new(struct fuse_args *args, const struct fuse_lowlevel_ops *op, siz
         ops.write_buf = on_write_buf;
     if (handlers[ON_COPY])
         ops.copy_file_range = on_copy_file_range;
+    if (handlers[ON_IOCTL])
+        ops.ioctl = on_ioctl;
     session = real_session_new(args, &ops, sizeof ops, userdata);
     return session;
 }
@@ -262,10 +288,46 @@ static long long now_ns(void)
     return t.tv_sec * 1000000000LL + t.tv_nsec;
 }
 
-static int answers(const struct fuse_buf *buf)
+static int answers(uint32_t opcode)
 {
-    uint32_t opcode = ((const struct fuse_in_header *)buf->mem)->opcode;
     return (opcode == FUSE_READ && handlers[ON_READ]) || (opcode == FUSE_WRITE && handlers[ON_WRITE]);
+}
+
+/* The handler of a request that libfuse does not know; NULL if it is none of ours either. */
+static PyObject *raw_handler(uint32_t opcode)
+{
+    PyObject *key = handlers[ON_RAW] ? PyLong_FromUnsignedLong(opcode) : NULL;
+    PyObject *handler = key ? PyDict_GetItemWithError(handlers[ON_RAW], key) : NULL; /* borrowed */
+    PyErr_Clear();
+    Py_XDECREF(key);
+    return handler;
+}
+
+static void answer_raw(const struct fuse_in_header *in, PyObject *handler)
+{
+    PyObject *answer = PyObject_CallFunction(handler, "Ky#", (unsigned long long)in->nodeid, (const char *)(in + 1),
+                                             (Py_ssize_t)(in->len - sizeof *in));
+    struct fuse_out_header out = {.unique = in->unique, .error = -error_of(answer)};
+    struct iovec iov[2] = {{.iov_base = &out, .iov_len = sizeof out}};
+    if (out.error == 0 && (answer == NULL || !PyBytes_Check(answer)))
+        out.error = -broken(ON_RAW, answer);
+    if (out.error == 0) {
+        iov[1].iov_base = PyBytes_AS_STRING(answer);
+        iov[1].iov_len = (size_t)PyBytes_GET_SIZE(answer);
+    }
+    out.len = (uint32_t)(iov[0].iov_len + iov[1].iov_len);
+    /* As with libfuse's own replies, one that fails has nobody left who waits for it. */
+    (void)!reply_writev(fuse_session_fd(session), iov, out.error ? 1 : 2, NULL);
+    Py_XDECREF(answer);
+}
+
+/* libfuse does not know FUSE_TMPFILE either, but its request and its reply are those of FUSE_CREATE. The name tells
+ * them apart: the kernel calls a file without a name "/", which is no name. */
+static void translate(struct fuse_in_header *in)
+{
+    const char *name = (const char *)(in + 1) + sizeof(struct fuse_create_in);
+    if (in->opcode == FUSE_TMPFILE && in->len >= sizeof *in + sizeof(struct fuse_create_in) + 2 && !memcmp(name, "/", 2))
+        in->opcode = FUSE_CREATE;
 }
 
 __attribute__((visibility("default"))) int fuse_session_receive_buf(struct fuse_session *se, struct fuse_buf *buf)
@@ -284,14 +346,20 @@ __attribute__((visibility("default"))) int fuse_session_receive_buf(struct fuse_
             return -EINTR;
         if (res <= 0 || se != session || buf->flags & FUSE_BUF_IS_FD)
             return res;
-        if (!answers(buf)) {
-            unique = ((const struct fuse_in_header *)buf->mem)->unique;
+        struct fuse_in_header *in = buf->mem;
+        PyObject *raw = NULL;
+        if (!answers(in->opcode) && !(raw = raw_handler(in->opcode))) {
+            unique = in->unique;
+            translate(in);
             return res;
         }
         /* Look for the next one only while they come close together, or an idle guest would cost a core. */
         close_together = spin_ns && now_ns() - done < 2 * spin_ns;
-        current = buf->mem;
-        real_process_buf(se, buf);
+        current = in;
+        if (raw)
+            answer_raw(in, raw);
+        else
+            real_process_buf(se, buf);
         current = NULL;
         answered++;
         done = now_ns();
@@ -336,12 +404,13 @@ static PyObject *py_unique(PyObject *self, PyObject *none)
 
 static PyObject *py_install(PyObject *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"read", "map_layer", "write", "copy_file_range", "max_background", "max_readahead", "max_write",
-                            "spin_ns", NULL};
+    static char *names[] = {"read", "map_layer", "write", "copy_file_range", "ioctl", "raw", "max_background", "max_readahead",
+                            "max_write", "spin_ns", NULL};
     PyObject *given[HANDLERS] = {NULL};
     (void)self;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$OOOOIIIl", names, &given[ON_READ], &given[ON_MAP],
-                                     &given[ON_WRITE], &given[ON_COPY], &max_background, &max_readahead, &max_write, &spin_ns))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$OOOOOO!IIIl", names, &given[ON_READ], &given[ON_MAP],
+                                     &given[ON_WRITE], &given[ON_COPY], &given[ON_IOCTL], &PyDict_Type, &given[ON_RAW],
+                                     &max_background, &max_readahead, &max_write, &spin_ns))
         return NULL;
     for (int i = 0; i < HANDLERS; i++) {
         Py_INCREF(given[i]);
@@ -426,5 +495,10 @@ PyMODINIT_FUNC PyInit__native(void)
                      fuse_pkgversion());
         return NULL;
     }
-    return PyModule_Create(&module);
+    PyObject *made = PyModule_Create(&module);
+    if (made == NULL || PyModule_AddIntMacro(made, FS_IOC_GETFLAGS) || PyModule_AddIntMacro(made, FS_IOC_SETFLAGS) ||
+        PyModule_AddIntMacro(made, FS_IOC_FSGETXATTR) || PyModule_AddIntMacro(made, FS_IOC_FSSETXATTR) ||
+        PyModule_AddIntMacro(made, FS_IMMUTABLE_FL) || PyModule_AddIntMacro(made, FS_XFLAG_IMMUTABLE))
+        Py_CLEAR(made);
+    return made;
 }

@@ -7,12 +7,21 @@ from ramfs.image.table import Entries
 
 Addresses = NDArray[np.uint64]
 
+FS_IOC_GETFLAGS: int
+FS_IOC_SETFLAGS: int
+FS_IOC_FSGETXATTR: int
+FS_IOC_FSSETXATTR: int
+FS_IMMUTABLE_FL: int
+FS_XFLAG_IMMUTABLE: int
+
 def install(
     *,
     read: Callable[[int, int, int], tuple[Entries, int, int, Addresses, Addresses] | bytes | int],
     map_layer: Callable[[int, int], int],
     write: Callable[[int, int, memoryview, int], int],
     copy_file_range: Callable[[int, int, int, int, int, int], int],
+    ioctl: Callable[[int, int, bytes, int], bytes | int],
+    raw: dict[int, Callable[[int, bytes], bytes | int]],
     max_background: int,
     max_readahead: int,
     max_write: int,

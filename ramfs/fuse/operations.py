@@ -1,7 +1,8 @@
 """Requests of the kernel, translated for the namespace and the pager.
 
-READ, WRITE and COPY_FILE_RANGE come straight from the extension (`_native.c`) and are answered without an
-await; the others are pyfuse3's. docs/concurrency.md says which handlers await, and what may change meanwhile.
+READ, WRITE, COPY_FILE_RANGE, IOCTL and STATX come straight from the extension (`_native.c`) and are answered
+without an await; the others are pyfuse3's. docs/concurrency.md says which handlers await, and what may change
+meanwhile.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from typing import Final
 import trio
 
 from ramfs.errors import FileError
-from ramfs.fuse import virtual
+from ramfs.fuse import fileattr, statx, virtual
 from ramfs.fuse.answers import answered, errno_of
 from ramfs.fuse.extension import native, pyfuse3
 from ramfs.fuse.flush import Flusher
@@ -41,12 +42,14 @@ _KEEP_OPEN: Final = 0.5
 _GRACE: Final = 2.0
 #: Of an OPEN's reply: the close of this descriptor flushes nothing. (linux/fuse.h; pyfuse3 has no word for it.)
 _FOPEN_NOFLUSH: Final = 1 << 5
+#: What the kernel calls a file that has no name.
+NO_NAME: Final = b"/"
 #: How often a flush looks for files that were renamed under it.
 _ATTEMPTS: Final = 10
 
 
 class Operations(pyfuse3.Operations):
-    """The handlers of pyfuse3, and the three of the extension."""
+    """The handlers of pyfuse3, and those of the extension."""
 
     supports_dot_lookup = True
     enable_writeback_cache = False  # a write(2) that was acknowledged must outlive the daemon
@@ -118,6 +121,24 @@ class Operations(pyfuse3.Operations):
             return done
         except Exception as exc:
             return self._failed(exc, "copy_file_range", source, source_offset, target, target_offset, length)
+
+    def ioctl_now(self, ino: int, command: int, given: bytes, room: int) -> bytes | int:
+        """IOCTL: what it gives back, or -errno. The kernel asks about any file that can be opened."""
+        try:
+            frozen = not virtual.is_virtual(ino) and self.namespace.get(InodeNumber(ino)).frozen
+            return fileattr.answer(command, given, room, immutable=frozen)
+        except Exception as exc:
+            return self._failed(exc, "ioctl", ino, command)
+
+    def statx_now(self, ino: int, asked: bytes) -> bytes | int:
+        """STATX: as GETATTR, and when the inode was made; or -errno. Whatever is asked, all is told."""
+        try:
+            if virtual.is_virtual(ino):
+                return statx.reply(self._virtual_entry(InodeNumber(ino)), 0)
+            inode = self.namespace.get(InodeNumber(ino))
+            return statx.reply(self._attributes(inode), inode.btime)
+        except Exception as exc:
+            return self._failed(exc, "statx", ino)
 
     def _drop_suid(self, handle: int) -> None:
         """A writer without the privilege: the file loses set-user-ID and set-group-ID."""
@@ -391,10 +412,13 @@ class Operations(pyfuse3.Operations):
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
-        """CREATE; of a temporary name of QEMU's: opens the block file that it means."""
+        """CREATE; of a temporary name of QEMU's: opens the block file that it means; of NO_NAME: O_TMPFILE."""
         parent = self._check_parent(parent_inode, name)
         caller = self._caller(ctx)
-        inode = await self._block_inode(parent, name, mode, caller)
+        if name == NO_NAME:
+            inode: Inode | None = self.namespace.make_unnamed(parent, mode, caller)
+        else:
+            inode = await self._block_inode(parent, name, mode, caller)
         if inode is None:
             inode = self.namespace.make(parent, name, mode, caller)
         info = self._open(inode, flags & ~os.O_TRUNC, ctx.pid)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Final
 
 from ramfs.errors import MountError
+from ramfs.fuse import statx
 from ramfs.fuse.extension import native, pyfuse3
 from ramfs.fuse.operations import Operations
 
@@ -49,6 +50,9 @@ class Session:
             map_layer=operations.map_now,
             write=operations.write_now,
             copy_file_range=operations.copy_now,
+            ioctl=operations.ioctl_now,
+            # With allow_root libfuse looks who asks, and what is answered past it would be answered to anybody.
+            raw={} if "allow_root" in options else {statx.OPCODE: operations.statx_now},
             max_background=MAX_BACKGROUND,
             max_readahead=MAX_REQUEST,
             max_write=MAX_REQUEST,

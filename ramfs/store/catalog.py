@@ -51,7 +51,8 @@ CREATE TABLE inodes (
     parent INTEGER,                         -- of a directory: where its .. leads
     frozen INTEGER NOT NULL DEFAULT 0,
     image  INTEGER REFERENCES images,       -- of a regular file
-    target BLOB                             -- of a symlink
+    target BLOB,                            -- of a symlink
+    btime  INTEGER NOT NULL DEFAULT 0       -- when it was made, 0: not known
 );
 CREATE INDEX inode_images ON inodes (image) WHERE image IS NOT NULL;
 CREATE INDEX inodes_unlinked ON inodes (ino) WHERE nlink = 0;
@@ -153,6 +154,8 @@ class Catalog:
         # Takes the exclusive lock now, not at the first write.
         self._db.execute("BEGIN IMMEDIATE")
         self._db.execute("UPDATE meta SET value = value WHERE key = 'version'")
+        if not self.number("SELECT count(*) FROM pragma_table_info('inodes') WHERE name = 'btime'"):
+            self._db.execute("ALTER TABLE inodes ADD COLUMN btime INTEGER NOT NULL DEFAULT 0")
         self._db.execute("COMMIT")
         self._wal = os.open(self.path + "-wal", os.O_RDONLY)
 

@@ -794,12 +794,15 @@ def salvage(source: sqlite3.Connection, target: sqlite3.Connection | None) -> in
     """
     total = 0
     for table in _TABLES:
+        columns = ""  # an older catalog has fewer
         rows: dict[tuple[Any, ...], None] = {}
         key = {"meta": "key", "xattrs": "ino", "sqlite_sequence": "name"}.get(table, "rowid")
         for order in ("ASC", "DESC"):
             try:
                 # The + keeps SQLite off the indexes, of which the damaged ones may lie.
-                for row in source.execute(f"SELECT * FROM {table} NOT INDEXED ORDER BY {key} {order}"):
+                found = source.execute(f"SELECT * FROM {table} NOT INDEXED ORDER BY {key} {order}")
+                columns = ", ".join(column[0] for column in found.description)
+                for row in found:
                     rows[tuple(row)] = None
             except sqlite3.DatabaseError:
                 continue
@@ -811,5 +814,5 @@ def salvage(source: sqlite3.Connection, target: sqlite3.Connection | None) -> in
             marks = ", ".join("?" * len(next(iter(rows))))
             if table == "sqlite_sequence":
                 target.execute("DELETE FROM sqlite_sequence")
-            target.executemany(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", rows)
+            target.executemany(f"INSERT OR IGNORE INTO {table} ({columns}) VALUES ({marks})", rows)
     return total

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from harness import Mount
-from mount.posix import errno_of, eventually, fails, opened, pattern, read
+from mount.posix import BTIME, errno_of, eventually, fails, opened, pattern, read, statx
 
 # Runs in the daemon before anything else: what raises is the real code's own callee.
 TROUBLE = """
-import ramfs.namespace, ramfs.pager
+import stat
+import ramfs.fuse.fileattr, ramfs.fuse.statx, ramfs.namespace, ramfs.pager
 
 def trouble(room, name, when):
     real = getattr(room, name)
@@ -33,6 +35,8 @@ trouble(Namespace, "freeze", lambda self, directory, name: name == b"freeze")
 trouble(Pager, "write", lambda self, image, offset, data: bytes(data[:7]) == b"trouble")
 trouble(Pager, "share", lambda self, source, start, *args, **kwargs: start == 4096)
 trouble(Pager, "truncate", lambda self, image, size: size == 4242)
+trouble(ramfs.fuse.statx, "reply", lambda entry, btime: stat.S_ISFIFO(entry.st_mode))
+trouble(ramfs.fuse.fileattr, "answer", lambda command, given, room, immutable: command == 0x4242)
 trouble(Pager, "has_garbage", lambda self: True)
 """
 
@@ -51,6 +55,12 @@ def test_it_is_eio_and_logged_and_the_daemon_lives(troubled: Mount) -> None:
     (root / "f").write_bytes(pattern(3 * 4096))
     (root / "g").touch()
     (root / "rename").touch()
+    os.mkfifo(root / "pipe")
+
+    def ioctl(command: int) -> None:
+        with opened(root / "f", os.O_RDONLY) as fd:
+            fcntl.ioctl(fd, command)
+
     calls: dict[str, Callable[[], object]] = {
         "lookup": lambda: os.stat(root / "lookup"),
         "make": lambda: os.mkdir(root / "make"),
@@ -59,6 +69,8 @@ def test_it_is_eio_and_logged_and_the_daemon_lives(troubled: Mount) -> None:
         "freeze": lambda: os.mkdir(root / ".snap" / "freeze"),
         "write": lambda: (root / "g").write_bytes(b"trouble"),
         "truncate": lambda: os.truncate(root / "f", 4242),
+        "reply": lambda: statx(root / "pipe", BTIME),
+        "answer": lambda: ioctl(0x4242),
     }
     for name, call in calls.items():
         assert errno_of(call) == errno.EIO, name
@@ -71,7 +83,7 @@ def test_it_is_eio_and_logged_and_the_daemon_lives(troubled: Mount) -> None:
     eventually(lambda: "trouble in has_garbage" in troubled.log, "housekeeping has failed and gone on")
     assert troubled.running
     assert read(root / "f") == pattern(3 * 4096)
-    assert sorted(os.listdir(root)) == ["f", "g", "rename"]
+    assert sorted(os.listdir(root)) == ["f", "g", "pipe", "rename"]
     assert os.listdir(root / ".snap") == []
     (root / "f").unlink()
     (root / "new").write_bytes(b"goes on")

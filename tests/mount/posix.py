@@ -9,12 +9,13 @@ import json
 import os
 import pickle
 import signal
+import struct
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pytest
 
@@ -26,6 +27,9 @@ NOBODY = 65534
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
+AT_EMPTY_PATH = 0x1000
+AT_SYMLINK_NOFOLLOW = 0x100
+BTIME = 0x800  # STATX_BTIME
 FALLOC_FL_KEEP_SIZE = 1
 FALLOC_FL_PUNCH_HOLE = 2
 
@@ -114,6 +118,47 @@ def eventually(check: Callable[[], Any], what: str, timeout: float = 20) -> None
     while not check():
         assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
         time.sleep(0.05)
+
+
+# --- what os lacks: statx, linkat ---
+
+
+class Statx(NamedTuple):
+    """What statx(2) tells; times in ns since the epoch."""
+
+    mask: int
+    blksize: int
+    nlink: int
+    uid: int
+    gid: int
+    mode: int
+    ino: int
+    size: int
+    blocks: int
+    atime: int
+    btime: int
+    ctime: int
+    mtime: int
+    rdev: tuple[int, int]
+    dev: tuple[int, int]
+
+
+def statx(path: Name, mask: int, flags: int = 0, *, fd: int = AT_FDCWD) -> Statx:
+    """statx(2) of what a name, or a descriptor and an empty name with AT_EMPTY_PATH, leads to; of a symlink itself."""
+    buffer = ctypes.create_string_buffer(256)
+    if _libc.statx(fd, os.fsencode(path), flags | AT_SYMLINK_NOFOLLOW, mask, buffer):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    got = struct.unpack_from("=II8xIIIHxxQQQ8xqI4xqI4xqI4xqI4xIIII", buffer)
+    times = [got[i] * 1_000_000_000 + got[i + 1] for i in (9, 11, 13, 15)]
+    return Statx(*got[:9], *times, got[17:19], got[19:21])
+
+
+def linkat(fd: int, new: Name) -> None:
+    """linkat(2) of an open file: gives it a name, also if it has none."""
+    if _libc.linkat(fd, b"", AT_FDCWD, os.fsencode(new), AT_EMPTY_PATH):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
 
 
 # --- processes ---

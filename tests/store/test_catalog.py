@@ -16,6 +16,21 @@ def catalog(tmp_path: Path) -> Iterator[Catalog]:
     catalog.close()
 
 
+def test_a_catalog_of_before_gets_the_columns_it_lacks(tmp_path: Path) -> None:
+    path = str(tmp_path / "old.sqlite")
+    catalog = Catalog(path, create=True)
+    catalog.execute("INSERT INTO inodes (mode, uid, gid, nlink, atime, mtime, ctime) VALUES (1, 2, 3, 4, 5, 6, 7)")
+    catalog.execute("ALTER TABLE inodes DROP COLUMN btime")
+    catalog.close()
+    for _ in range(2):
+        catalog = Catalog(path, create=False)
+        row = catalog.row("SELECT ctime, btime FROM inodes")
+        assert row is not None
+        assert tuple(row) == (7, 0)
+        assert catalog.meta("version") == FORMAT_VERSION
+        catalog.close()
+
+
 def test_a_transaction_happens_as_a_whole(catalog: Catalog) -> None:
     with catalog.transaction():
         catalog.set_meta("a", 1)
