@@ -23,6 +23,7 @@ from ramfs.fuse.answers import answered, errno_of
 from ramfs.fuse.extension import native, pyfuse3
 from ramfs.fuse.flush import Flusher
 from ramfs.fuse.handles import FileHandle, VirtualHandle
+from ramfs.fuse.passthrough import FOPEN_PASSTHROUGH, Passthrough
 from ramfs.inspect.counters import Counters
 from ramfs.inspect.report import Observer, page_counts_text
 from ramfs.namespace import CONTROL_XATTR, Caller, Inode, Namespace, Opener
@@ -56,7 +57,8 @@ class Operations(pyfuse3.Operations):
     enable_acl = False
 
     def __init__(
-        self, pager: Pager, namespace: Namespace, observer: Observer, flusher: Flusher, *, template_rdwr: bool = False
+        self, pager: Pager, namespace: Namespace, observer: Observer, flusher: Flusher, passthrough: Passthrough, *,
+        template_rdwr: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.pager = pager
@@ -64,6 +66,7 @@ class Operations(pyfuse3.Operations):
         self.observer = observer
         self.flusher = flusher
         self.template_rdwr = template_rdwr
+        self.passthrough = passthrough
         self.counters: Counters = observer.counters
         self._numbers = itertools.count(1)
         self._images: dict[int, Image] = {}  # of open files, by handle: what the hot path needs
@@ -383,15 +386,16 @@ class Operations(pyfuse3.Operations):
             self.pager.truncate(image, 0)
             self.namespace.drop_suid(inode)
         handle = HandleId(next(self._numbers))
+        backing = self.passthrough.open(inode, handle)
         inode.opens[handle] = Opener(pid, writable and not inode.frozen)
         self._images[handle] = image
         self._files[handle] = FileHandle(handle, inode, image)
         if not writable:
             # The kernel else writes back all that a guest has dirty whenever a reader of its memory closes it.
-            native.mark_open(handle, _FOPEN_NOFLUSH, 0)
+            native.mark_open(handle, _FOPEN_NOFLUSH | (FOPEN_PASSTHROUGH if backing else 0), backing)
         # A frozen file that is open for writing must not be mapped shared: stores would stay in the page
         # cache, seen by everybody, though no write is accepted. direct_io makes the kernel refuse that.
-        return pyfuse3.FileInfo(fh=handle, keep_cache=True, direct_io=inode.frozen and writable)
+        return pyfuse3.FileInfo(fh=handle, keep_cache=not backing, direct_io=inode.frozen and writable)
 
     @answered
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
@@ -400,6 +404,7 @@ class Operations(pyfuse3.Operations):
             if flags & _WRITES and inode != virtual.CONTROL:
                 raise FileError(errno.EACCES)  # which the mode alone does not tell root
             return self._open_virtual(InodeNumber(inode), ctx)
+        await self.passthrough.look(self.namespace.get(InodeNumber(inode)))
         return self._open(self.namespace.get(InodeNumber(inode)), flags, ctx.pid)
 
     def _open_virtual(self, ino: InodeNumber, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
@@ -452,6 +457,7 @@ class Operations(pyfuse3.Operations):
         file = self._files.pop(fh)
         if isinstance(file, FileHandle):
             del file.inode.opens[file.id]
+            self.passthrough.release(file.id)
             self.namespace.let_go(file.inode)
 
     @answered
