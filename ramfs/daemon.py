@@ -1,13 +1,12 @@
 """Assembly: store, pager, namespace and mount; background work, signals, readiness."""
 
-import contextlib
 import errno
 import logging
 import os
 import resource
 import signal
-import socket
 import sqlite3
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,17 +15,20 @@ from typing import Final
 
 import trio
 
+import ramfs
 from ramfs.errors import RamfsError
 from ramfs.fuse import tuning
 from ramfs.fuse.flush import Flusher
 from ramfs.fuse.operations import Operations
-from ramfs.fuse.passthrough import Passthrough
 from ramfs.fuse.session import Session
 from ramfs.inspect.counters import Counters
-from ramfs.inspect.report import Observer
+from ramfs.inspect.report import Observer, Supervision
+from ramfs.ledger import Held, Ledger
 from ramfs.namespace import Namespace
 from ramfs.pager import Pager
 from ramfs.store.store import Store
+from ramfs.supervisor.link import YIELDED, Go, Link
+from ramfs.supervisor.unmounting import unmount_command
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,10 @@ SWITCH_INTERVAL: Final = 0.0005
 #: Seconds that a sealed layer waits for its digests: first the guest that was just cloned gets the machine.
 DIGEST_DELAY: Final = 5.0
 
-#: Told to end, by a service manager or at the keyboard; SIGHUP is taken and means nothing.
+#: Seconds after which all that the kernel asked again of the daemon before is answered.
+ASKED_AGAIN: Final = 60.0
+
+#: Told to end; SIGHUP is taken and means nothing.
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -51,61 +56,55 @@ class MountRequest:
     mountpoint: str
     options: tuple[str, ...] = ()
     template_rdwr: bool = False
-    native: str = "auto"
-    """which files the kernel may serve from the store by itself: auto, frozen or off"""
-
-
-def notify_systemd(message: str) -> None:
-    """Tell systemd, if it started us with Type=notify (sd_notify(3))."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if address:
-        data = message.encode(errors="backslashreplace")
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
-            sock.sendto(data, "\0" + address[1:] if address.startswith("@") else address)
 
 
 class Daemon:
-    """One mounted store."""
+    """One mounted store, which this daemon mounts, or takes over from one that died or yielded."""
 
-    def __init__(self, request: MountRequest, ready: Callable[[], None]) -> None:
+    def __init__(self, request: MountRequest, ready: Callable[[], None], link: Link, go: Go) -> None:
         self.request = request
         self.ready = ready
+        self.link = link
+        self.go = go
+        self.supervised = True
         self.stopping = False
         self._early: list[int] = []
         self._serving = trio.CancelScope()
 
     def run(self) -> None:
-        """Mount, serve until unmounted or told to stop, close the store. Raises RamfsError."""
-        request = self.request
+        """Serve until unmounted or told to stop, close the store. Raises RamfsError."""
+        request, kept = self.request, self.go.kept
         _raise_file_limit()
         sys.setswitchinterval(SWITCH_INTERVAL)
-        store = Store(request.store, create=True, purpose=f"mounted at {request.mountpoint}")
+        for number in _SIGNALS:
+            signal.signal(number, lambda number, _: self._early.append(number))
+        purpose = f"mounted at {request.mountpoint}"
+        store = Store(request.store, create=not kept, purpose=purpose, lock=kept.get("lock"))
         try:
+            ledger = Ledger(kept.get("ledger"))
+            held = Held.of(ledger.records())
             self.pager = Pager(store)
-            self.namespace = Namespace(self.pager)
-            passthrough = Passthrough(store.layers, _not_native(request))
+            self.namespace = Namespace(self.pager, ledger, held)
+            supervision = Supervision(self.go.supervisor, self.go.starts, self.go.crashes, self.go.why)
             self.observer = Observer(
-                store, self.namespace, Counters(), request.mountpoint, Session.connection, passthrough, time.monotonic()
+                store, self.namespace, Counters(), request.mountpoint, Session.connection, time.monotonic(), supervision
             )
             self.flusher = Flusher(request.mountpoint)
             self.operations = Operations(
-                self.pager,
-                self.namespace,
-                self.observer,
-                self.flusher,
-                passthrough,
-                template_rdwr=request.template_rdwr,
+                self.pager, self.namespace, self.observer, self.flusher, template_rdwr=request.template_rdwr, held=held
             )
-            # From the mount on a signal that ended us would leave a dead mount behind. (Blocking would not do:
-            # numpy has threads of its own that take signals.)
-            for number in _SIGNALS:
-                signal.signal(number, lambda number, _: self._early.append(number))
-            session = Session(self.operations, request.mountpoint, request.options)
+            session = Session(self.operations, request.mountpoint, request.options, kept.get("fuse"))
+            if kept:
+                session.go_on(held.init)
+                supervision.asks_again = session.resent == 0
+                log.warning("%s; going on at %s", self.go.why, request.mountpoint)
+            else:
+                for name, fd in (("lock", store.lock.fd), ("ledger", ledger.fd), ("fuse", session.fd)):
+                    self.link.keep(name, fd)
             try:
                 trio.run(self._main)
             finally:
-                notify_systemd("STOPPING=1")
-                session.close()
+                self._unmount(session)
                 self.flusher.close()
         except BaseException:
             store.abandon()
@@ -113,9 +112,18 @@ class Daemon:
         store.close()
         log.info("unmounted %s", request.mountpoint)
 
+    def _unmount(self, session: Session) -> None:
+        """End the connection, here and at the supervisor; unmount, if that has not happened yet."""
+        mounted = session.disconnect()
+        self.link.done()
+        if mounted:
+            command = unmount_command(self.request.mountpoint, lazy=True)
+            subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+
     async def _main(self) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_signals)
+            nursery.start_soon(self._take_orders)
             nursery.start_soon(self._start, nursery)
             with self._serving:
                 await Session.serve()
@@ -129,7 +137,7 @@ class Daemon:
             if exc.errno != errno.ENOTCONN:
                 raise
             return  # unmounted as soon as it was there
-        refused = tuning.tune(device)
+        refused = [] if self.go.kept else tuning.tune(device)
         if refused:
             log.warning(
                 "cannot set %s of the mount: guests that dirty much memory will be held back",
@@ -137,11 +145,31 @@ class Daemon:
             )
         nursery.start_soon(self._keep_house)
         nursery.start_soon(self._checkpoint)
-        log.info("mounted %s at %s", self.request.store, self.request.mountpoint)
-        notify_systemd(f"READY=1\nSTATUS=Serving {self.request.mountpoint}")
+        if not self.go.kept:
+            log.info("mounted %s at %s", self.request.store, self.request.mountpoint)
+        self.link.ready(ramfs.__version__)
         self.ready()
 
-    # -- signals
+    # -- signals and orders
+
+    async def _take_orders(self) -> None:
+        """What the supervisor wants."""
+        async for order in self.link.orders():
+            if order == "yield":
+                self._yield()
+            elif order == "stop":
+                self._begin_stop("told to stop")
+        self.supervised = False
+        log.warning("the supervisor is gone: the next time a daemon of %s dies, guests do", self.request.mountpoint)
+
+    @staticmethod
+    def _yield() -> None:
+        """End here and now: the next daemon goes on as it would if this one had been killed.
+
+        All else of the loop stands at an await, so no change is half made; what threads do to files may end anywhere.
+        """
+        logging.shutdown()
+        os._exit(YIELDED)
 
     async def _watch_signals(self) -> None:
         with trio.open_signal_receiver(*_SIGNALS) as signals:
@@ -150,12 +178,17 @@ class Daemon:
             async for number in signals:
                 if number == signal.SIGHUP:
                     continue
-                if self.stopping:
-                    self._end_session()  # the second one: without waiting for what is still being flushed
-                    continue
-                self.stopping = True
-                log.info("%s: flushing and unmounting", signal.Signals(number).name)
-                trio.lowlevel.spawn_system_task(self._stop)
+                if self.supervised or self.go.managed:
+                    self._yield()  # meant for this process alone, or by a manager that cares for the mount
+                self._begin_stop(signal.Signals(number).name)
+
+    def _begin_stop(self, why: str) -> None:
+        if self.stopping:
+            self._end_session()  # the second time: without waiting for what is still being flushed
+            return
+        self.stopping = True
+        log.info("%s: flushing and unmounting", why)
+        trio.lowlevel.spawn_system_task(self._stop)
 
     async def _stop(self) -> None:
         """Take over what guests have in mapped pages, then end."""
@@ -175,10 +208,19 @@ class Daemon:
     async def _keep_house(self) -> None:
         """Digests and garbage, when there is something to do."""
         sealed_since: dict[int, float] = {}
+        began = trio.current_time()
+        settled = not self.go.kept
         while True:
             await trio.sleep(HOUSEKEEPING)
             now = trio.current_time()
             try:
+                if not settled:
+                    await self.pager.settle()
+                    settled = True
+                if self.namespace.ledger.has_grown:
+                    self.namespace.ledger.renew(self.operations.held())
+                if now > began + ASKED_AGAIN:
+                    self.pager.store.outcomes.forget_before()
                 waiting = self.pager.undigested()
                 sealed_since = {layer.id: sealed_since.get(layer.id, now) for layer in waiting}
                 for layer in waiting:
@@ -200,13 +242,6 @@ class Daemon:
                 await self.pager.sync()
             except Exception as exc:  # noqa: BLE001  (as above)
                 _tell("the store could not be synced, will try again", exc)
-
-
-def _not_native(request: MountRequest) -> str:
-    """Why nothing may be served natively, if there is a reason from the start."""
-    if request.native == "off":
-        return "the mount option native=off"
-    return "the mount option template_rdwr" if request.template_rdwr else ""
 
 
 def _tell(what: str, exc: Exception) -> None:

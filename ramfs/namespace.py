@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from ramfs.errors import BadName, FileError, NameTooLong
+from ramfs.ledger import Held, Kind, Ledger, Record
 from ramfs.pager import Pager
 from ramfs.ramblock import block_file_name, find_block_file, temporary_name
 from ramfs.store.images import Image
+from ramfs.store.outcomes import REQUEST
 from ramfs.units import MAX_NAME, ROOT, SNAP_BIT, HandleId, ImageId, InodeNumber
 
 SNAP: Final = b".snap"
@@ -122,17 +124,23 @@ def _check_copy(inode: Inode, caller: Caller) -> None:
 class Namespace:
     """The tree of a store."""
 
-    def __init__(self, pager: Pager) -> None:
+    def __init__(self, pager: Pager, ledger: Ledger | None = None, held: Held | None = None) -> None:
+        """``held`` is what the kernel holds already, when another daemon served the mount before."""
         self.pager = pager
         self.catalog = pager.store.catalog
         self.images = pager.images
+        self.outcomes = pager.store.outcomes
+        self.ledger = ledger or Ledger()
         self.inodes: dict[InodeNumber, Inode] = {}
         self._aliases: dict[tuple[InodeNumber, bytes], InodeNumber] = {}
         self._freezing: set[tuple[InodeNumber, bytes]] = set()
-        self._begin()
+        self._unloaded: dict[InodeNumber, int] = {}
+        """lookup counts of inodes that the kernel knows from the daemon before, and this one has not met yet"""
+        self._begin(held or Held())
 
-    def _begin(self) -> None:
-        """Make the root of a new store; remove inodes whose last name went while they were open."""
+    def _begin(self, held: Held) -> None:
+        """Make the root of a new store; remove inodes whose last name went while they were open, and were closed."""
+        self._unloaded = {InodeNumber(ino): count for ino, count in held.lookups.items()}
         with self.catalog.transaction():
             if self.catalog.row("SELECT ino FROM inodes WHERE ino = ?", ROOT) is None:
                 now = time.time_ns()
@@ -142,7 +150,12 @@ class Namespace:
                     ROOT, stat.S_IFDIR | 0o700, os.getuid(), os.getgid(), now, now, now, now, ROOT,
                 )  # fmt: skip
             for row in self.catalog.execute("SELECT ino FROM inodes WHERE nlink = 0").fetchall():
-                self._destroy_tree(row["ino"])
+                # One that was made for a request, and is not known to have reached the kernel, is still asked for.
+                if self._known(row["ino"]) is None and row["ino"] not in self.outcomes.made_before:
+                    self._destroy_tree(row["ino"])
+        for (parent, name), ino in held.aliases.items():
+            self._aliases[InodeNumber(parent), name] = InodeNumber(ino)
+            self.get(InodeNumber(ino)).aliases += 1
 
     # -- finding
 
@@ -156,18 +169,28 @@ class Namespace:
             self._follow(inode)
         return inode
 
+    def _known(self, ino: InodeNumber) -> Inode | None:
+        """The inode, if the kernel holds it or it is in memory for another reason."""
+        return self.get(ino) if ino in self._unloaded else self.inodes.get(ino)
+
     def _load(self, ino: InodeNumber) -> Inode:
+        lookups = self._unloaded.get(ino, 0)
         if ino & SNAP_BIT:
             base = InodeNumber(ino & ~SNAP_BIT)
-            inode = Inode(ino, 0, 0, 0, 2, 0, 0, 0, 0, base)
+            inode = Inode(ino, 0, 0, 0, 2, 0, 0, 0, 0, base, lookups=lookups)
             self._follow(inode)
+            self._unloaded.pop(ino, None)
             return inode
         row = self.catalog.row("SELECT * FROM inodes WHERE ino = ?", ino)
         if row is None:
             raise FileError(errno.ENOENT)
         image = None if row["image"] is None else self.images.acquire(ImageId(row["image"]))
         values = {column: row[column] for column in _COLUMNS}
-        return Inode(ino, **values, frozen=bool(row["frozen"]), image=image, target=row["target"])
+        inode = Inode(
+            ino, **values, frozen=bool(row["frozen"]), image=image, target=row["target"], lookups=lookups
+        )  # fmt: skip
+        self._unloaded.pop(ino, None)
+        return inode
 
     def _follow(self, snap: Inode) -> None:
         """Give a ``.snap`` the owner, mode and times of its directory."""
@@ -227,11 +250,33 @@ class Namespace:
 
     def forget(self, ino: InodeNumber, count: int) -> None:
         """The kernel drops ``count`` lookups; an inode without any leaves memory, without names also the disk."""
-        inode = self.inodes.get(ino)
+        self.ledger.add(Kind.FORGET, 0, ino, count)
+        inode = self._known(ino)
         if inode is None:
             return
         inode.lookups -= count
         self.let_go(inode)
+
+    def looked_up(self, inode: Inode) -> None:
+        """The answer under way gives the kernel an inode: one lookup more."""
+        self.ledger.add(Kind.LOOKUP, REQUEST.get(), inode.ino, 1)
+        inode.lookups += 1
+
+    def listed(self, inodes: list[Inode]) -> None:
+        """The listing under way gives the kernel these inodes: one lookup more of each."""
+        self.ledger.add(Kind.LOOKUPS, REQUEST.get(), payload=b"".join(i.ino.to_bytes(8, "little") for i in inodes))
+        for inode in inodes:
+            inode.lookups += 1
+
+    def held(self) -> Iterator[Record]:
+        """What the kernel holds of names and inodes, for a ledger."""
+        for ino, count in self._unloaded.items():
+            yield Record(Kind.LOOKUP, 0, ino, count)
+        for inode in self.inodes.values():
+            if inode.lookups > 0:
+                yield Record(Kind.LOOKUP, 0, inode.ino, inode.lookups)
+        for (parent, name), ino in self._aliases.items():
+            yield Record(Kind.ALIAS, 0, parent, ino, payload=name)
 
     def let_go(self, inode: Inode) -> None:
         """Drop an inode from memory if nothing holds it there."""
@@ -259,7 +304,7 @@ class Namespace:
             row = self.catalog.row("SELECT image FROM inodes WHERE ino = ?", ino)
             if row is None:
                 continue
-            known = self.inodes.get(ino)
+            known = self._known(ino)
             if known is None:
                 self._destroy(ino, row["image"])
             else:
@@ -271,7 +316,7 @@ class Namespace:
         row = self.catalog.row("SELECT nlink, mode FROM inodes WHERE ino = ?", ino)
         if row is None or stat.S_ISDIR(row["mode"]) or row["nlink"] <= 1:
             return True
-        if (known := self.inodes.get(ino)) is not None:
+        if (known := self._known(ino)) is not None:
             self._set(known, nlink=known.nlink - 1)
         else:
             self.catalog.execute("UPDATE inodes SET nlink = nlink - 1 WHERE ino = ?", ino)
@@ -359,6 +404,7 @@ class Namespace:
             )  # fmt: skip
             self._add_name(parent, name, inode.ino)
             self._touch(directory, links=1 if is_dir else 0)
+            self.outcomes.conclude(inode.ino)
         self.inodes[inode.ino] = inode
         return inode
 
@@ -368,6 +414,7 @@ class Namespace:
         gid = directory.gid if directory.mode & stat.S_ISGID else caller.gid
         with self.catalog.transaction():
             inode = self._insert(mode, caller.uid, gid, nlink=0, image=self.images.create())
+            self.outcomes.conclude(inode.ino)
         self.inodes[inode.ino] = inode
         return inode
 
@@ -387,15 +434,13 @@ class Namespace:
             if not inode.frozen:
                 self._changed(inode)
             self._touch(directory)
+            self.outcomes.conclude(ino)
         return inode
 
     def unlink(self, parent: InodeNumber, name: bytes) -> None:
         """Remove a name of something that is no directory."""
-        alias = self._aliases.pop((parent, name), None)
-        if alias is not None:
-            inode = self.get(alias)
-            inode.aliases -= 1
-            self.let_go(inode)
+        if (parent, name) in self._aliases:
+            self.drop_alias(parent, name)
             return
         directory = self.writable_dir(parent)
         inode = self.lookup(parent, name)
@@ -404,6 +449,7 @@ class Namespace:
         with self.catalog.transaction(frees=True):
             self._remove_name(parent, name, inode)
             self._touch(directory)
+            self.outcomes.conclude()
         self.let_go(inode)
 
     def _remove_name(self, parent: InodeNumber, name: bytes, inode: Inode) -> None:
@@ -422,6 +468,7 @@ class Namespace:
         with self.catalog.transaction(frees=True):
             self._remove_name(parent, name, inode)
             self._touch(directory, links=-1)
+            self.outcomes.conclude()
         self._drop_aliases(inode.ino)
         self.let_go(inode)
 
@@ -476,6 +523,7 @@ class Namespace:
                 self._changed(inode)
             self._touch(old_dir, links=-moved)
             self._touch(new_dir, links=moved)
+            self.outcomes.conclude()
         if other is not None:
             self._drop_aliases(other.ino)
             self.let_go(other)
@@ -495,6 +543,7 @@ class Namespace:
             moved = int(inode.is_dir) - int(other.is_dir) if old_dir is not new_dir else 0
             self._touch(old_dir, links=-moved)
             self._touch(new_dir, links=moved)
+            self.outcomes.conclude()
 
     def set_attributes(
         self, ino: InodeNumber, *, size: int | None = None, mtime: int | None = None, **values: int
@@ -559,6 +608,7 @@ class Namespace:
                     ino, name, value,
                 )  # fmt: skip
             self._changed(inode)
+            self.outcomes.conclude()
 
     # -- QEMU's temporary names
 
@@ -592,9 +642,23 @@ class Namespace:
                 raise FileError(errno.EACCES)
             if inode.opens:
                 raise FileError(errno.EBUSY, f"{os.fsdecode(file)} is open in process {self.holders(inode)}")
+        self.add_alias(parent, name, inode)
+        return inode
+
+    def add_alias(self, parent: InodeNumber, name: bytes, inode: Inode) -> None:
+        """Let a temporary name lead to a block file."""
+        self.ledger.add(Kind.ALIAS, REQUEST.get(), parent, inode.ino, payload=name)
         self._aliases[parent, name] = inode.ino
         inode.aliases += 1
-        return inode
+
+    def drop_alias(self, parent: InodeNumber, name: bytes) -> None:
+        """Remove a temporary name, if it is there."""
+        if (parent, name) not in self._aliases:
+            return
+        self.ledger.add(Kind.UNALIAS, REQUEST.get(), parent, payload=name)
+        inode = self.get(self._aliases.pop((parent, name)))
+        inode.aliases -= 1
+        self.let_go(inode)
 
     def block_of(self, parent: InodeNumber, name: bytes) -> Inode | None:
         """The block file that a temporary name of QEMU's would open now, if there is one."""
@@ -610,9 +674,7 @@ class Namespace:
 
     def _drop_aliases(self, parent: InodeNumber) -> None:
         for key in [key for key in self._aliases if key[0] == parent]:
-            inode = self.get(self._aliases.pop(key))
-            inode.aliases -= 1
-            self.let_go(inode)
+            self.drop_alias(*key)
 
     # -- copies of whole trees
 
@@ -679,6 +741,7 @@ class Namespace:
             self._set_links(top.ino)
             self._add_name(parent, name, top.ino)
             self._touch(directory, links=1)
+            self.outcomes.conclude()
         for image in images:
             self.images.release(image)
         return self.get(top.ino)
@@ -749,6 +812,7 @@ class Namespace:
         with self.catalog.transaction(frees=True):
             self.catalog.execute("DELETE FROM names WHERE parent = ? AND name = ?", snap, name)
             self._destroy_tree(inode.ino)
+            self.outcomes.conclude()
         self.let_go(inode)
 
 
@@ -769,6 +833,7 @@ class Frozen:
         with space.catalog.transaction():
             space._set_links(self._top)
             space._add_name(*self._key, self._top)
+            space.outcomes.conclude(self._top)
         self._end()
         return space.get(self._top)
 

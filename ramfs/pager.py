@@ -9,6 +9,7 @@ the old entry or the new one, never an entry without its page.
 
 import contextlib
 import errno
+import itertools
 from collections.abc import Iterable
 from typing import Final
 
@@ -26,6 +27,9 @@ from ramfs.units import MAX_FILE_SIZE, PAGE, PAGE_SHIFT, ZERO, LayerId, pages
 
 #: The most that one request copies byte by byte (copy_file_range may answer with less than was asked).
 COPY_AT_ONCE: Final = 8 << 20
+
+#: Images that are synced at a time after a takeover: each is a table to read.
+_SETTLED_AT_ONCE: Final = 16
 
 #: Table entries of the pages that a range touches, the range's first and last byte, and where layers are mapped.
 Plan = tuple[Entries, int, int, Addresses, Addresses]
@@ -347,9 +351,27 @@ class Pager:
                 job.close()
             self.images.trim()
 
+    async def settle(self) -> None:
+        """After taking over from another daemon: sync what that one may not have synced, remove what it left lying.
+
+        Few images at a time, so that guests hardly notice. Until it is done nothing counts as garbage.
+        """
+        in_thread = trio.to_thread.run_sync
+        while self.images.doubtful:
+            batch = [self.images.acquire(number) for number in itertools.islice(self.images.doubtful, _SETTLED_AT_ONCE)]
+            try:
+                await self.sync(batch)
+            finally:
+                for image in batch:
+                    self.images.release(image)
+        files = await in_thread(self.store.list_files)
+        await in_thread(self.store.catalog.sync)
+        async with self._sync_lock:  # a ".new" file may be in the making
+            self.store.remove_strays(files)
+
     def has_garbage(self) -> bool:
         """Is there something for :meth:`collect` to look at?"""
-        return bool(self.images.replaced or self.images.doomed)
+        return bool(self.images.replaced or self.images.doomed) and not self.images.doubtful
 
     async def collect(self) -> None:
         """One garbage pass (store/garbage.py). Syncs wait for the short parts of it only."""

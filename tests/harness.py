@@ -33,7 +33,7 @@ class MountFailed(AssertionError):
 
 
 class Mount:
-    """`ramfs mount -f STORE MOUNTPOINT` as a subprocess of the test.
+    """`ramfs mount -f STORE MOUNTPOINT` as a subprocess of the test: the supervisor, which starts the daemon.
 
     `options` go to `-o`; `args` are further arguments of `ramfs mount`; `env` is added to the environment.
     Its log is what the daemon wrote to standard output and error since the Mount was made, restarts
@@ -124,12 +124,31 @@ class Mount:
             self.check(process.returncode)
 
     def kill(self) -> None:
-        """SIGKILL the daemon as a crash would, and clear its dead mount away."""
+        """SIGKILL the daemon and its supervisor, as a crash of both would, and clear the dead mount away."""
         process = self._serving()
-        process.kill()
-        process.wait()
+        self.expect("the supervisor is gone: the next time a daemon of")  # of a daemon that had the time to see it
+        self._kill_all(process)
         self._collect_log()
         unmount(self.path, lazy=True)
+
+    def kill_daemon(self) -> int:
+        """SIGKILL the serving daemon alone; returns its process id. The supervisor lets another take over."""
+        self.expect(r"the daemon before this one \(process \d+\) was ended by signal 9; going on")
+        pid = self.pid
+        os.kill(pid, signal.SIGKILL)
+        return pid
+
+    @staticmethod
+    def _kill_all(process: subprocess.Popen[bytes]) -> None:
+        daemons = children(process.pid)
+        process.kill()
+        process.wait()
+        for pid in daemons:
+            exited = os.pidfd_open(pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            select.select([exited], [], [], 20)
+            os.close(exited)
 
     def restart(self) -> Mount:
         """Unmount cleanly and mount the same store again."""
@@ -155,8 +174,8 @@ class Mount:
         if self.process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(5)
-            self.process.kill()
-            self.process.wait()
+            if self.process.returncode is None:
+                self._kill_all(self.process)
         self._collect_log()
 
     def __enter__(self) -> Mount:
@@ -180,13 +199,16 @@ class Mount:
 
     @property
     def running(self) -> bool:
-        """True while the daemon lives."""
+        """True while the supervisor lives."""
         return self.process is not None and self.process.poll() is None
 
     @property
     def pid(self) -> int:
-        """Process id of the serving daemon."""
-        return self._serving().pid
+        """Process id of the serving daemon, from the lock of the store."""
+        self._serving()
+        found = re.match(r"process (\d+) ", (self.store / "lock").read_text())
+        assert found, f"{self}: nobody has signed the lock of the store"
+        return int(found[1])
 
     @property
     def log(self) -> str:
@@ -214,8 +236,9 @@ class Mount:
         try:
             process.wait(timeout)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGABRT)
-            process.wait()
+            for pid in children(process.pid):
+                os.kill(pid, signal.SIGABRT)
+            self._kill_all(process)
             raise self._failure(f"the daemon was still there {timeout} s {when}") from None
         self._collect_log()
 
@@ -227,6 +250,11 @@ class Mount:
 
     def _failure(self, what: str) -> MountFailed:
         return MountFailed(f"{self}: {what}; its log:\n{self.log or '(empty)'}")
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a supervisor has started: the daemon, and after a while one that stands by."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def mounts() -> Iterator[Path]:

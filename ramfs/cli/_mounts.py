@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
-from ramfs.errors import MountError
+from ramfs.errors import MountError, UsageError
 
 FSTYPE: Final = "fuse.ramfs"
 
@@ -94,6 +94,18 @@ def mounted_at(mountpoint: str) -> MountEntry | None:
         if entry.mountpoint == place:
             return entry
     return None
+
+
+def whole_mount(mountpoint: str) -> MountEntry:
+    """The ramfs mount at exactly this place. Raises UsageError, MountError."""
+    if not mountpoint:
+        raise UsageError("MOUNTPOINT is empty: give the path of a mount")
+    entry = mounted_at(mountpoint)
+    if entry is None:
+        raise MountError(f"{mountpoint} is not mounted; `ramfs status` and findmnt -t {FSTYPE} list what is")
+    if entry.fstype != FSTYPE:
+        raise MountError(f"{mountpoint} is a mount of type {entry.fstype}, not of ramfs: use umount(8)")
+    return entry
 
 
 def running() -> list[MountEntry]:

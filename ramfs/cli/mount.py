@@ -1,6 +1,7 @@
 """``ramfs mount``."""
 
 import errno
+import json
 import logging
 import logging.handlers
 import os
@@ -12,8 +13,11 @@ from typing import Final
 
 import click
 
+from ramfs import __version__
 from ramfs.cli._mounts import FSTYPE, ask, mounted_at, place_of, users
 from ramfs.errors import MountError, UsageError
+from ramfs.supervisor import process
+from ramfs.supervisor.unmounting import unmount_command
 
 #: Options that the kernel or libfuse know, passed on as they are.
 PASSED: Final = frozenset(
@@ -25,8 +29,7 @@ IGNORED: Final = frozenset(
     ("defaults", "auto", "noauto", "user", "users", "nouser", "nofail", "fail", "_netdev", "owner", "group",
      "nodiratime", "diratime", "relatime", "norelatime", "strictatime", "nostrictatime", "lazytime", "nolazytime")
 )  # fmt: skip
-NATIVE: Final = frozenset(("native=auto", "native=frozen", "native=off"))
-OURS: Final = NATIVE | {"template_rdwr", "debug"}
+OURS: Final = frozenset(("template_rdwr", "debug"))
 
 #: Where a daemon in the background logs to, when something listens there.
 SYSLOG: Final = "/dev/log"
@@ -38,7 +41,6 @@ def split_options(words: tuple[str, ...]) -> tuple[list[str], set[str]]:
     ours: set[str] = set()
     for option in (option for word in words for option in word.split(",")):
         if option in OURS:
-            ours -= NATIVE if option in NATIVE else set()  # the last one counts
             ours.add(option)
         elif option in PASSED:
             passed.append(option)
@@ -92,10 +94,7 @@ def _lives(mountpoint: str) -> bool:
 
 def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     """Take a mount down, as root by umount(8), else by fusermount3. Raises MountError with its words."""
-    if os.geteuid() == 0:
-        command = ["umount", "-i", *(["-l"] if lazy else []), "--", mountpoint]
-    else:
-        command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", mountpoint]
+    command = unmount_command(mountpoint, lazy=lazy)
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, errors="replace")
     except FileNotFoundError:
@@ -115,8 +114,11 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
 @click.argument("mountpoint")
 @click.option("-o", "--options", multiple=True, metavar="OPTIONS", help="Mount options, separated by commas.")
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground and log to standard error.")
-@click.option("--ready-fd", type=int, hidden=True)
-def mount(store: str, mountpoint: str, options: tuple[str, ...], foreground: bool, ready_fd: int | None) -> int:
+@click.option("--link", type=int, hidden=True)
+@click.option("--quiet", is_flag=True, hidden=True)
+def mount(
+    store: str, mountpoint: str, options: tuple[str, ...], foreground: bool, link: int | None, quiet: bool
+) -> int:
     """Serve STORE at MOUNTPOINT; returns when the mount is ready.
 
     STORE is a directory on any local file system, made if it is new; on tmpfs it has the speed of RAM.
@@ -124,9 +126,6 @@ def mount(store: str, mountpoint: str, options: tuple[str, ...], foreground: boo
     \b
     Options besides those of mount(8):
       allow_other     let other users in, as modes and owners allow
-      native=auto|frozen|off
-                      which files the kernel may serve from the store by
-                      itself: frozen ones that are one layer, or none
       template_rdwr   let frozen files be opened for writing, which QEMU before
                       8.2 needs for share=off; no write is accepted even then
       debug           log more
@@ -136,32 +135,33 @@ def mount(store: str, mountpoint: str, options: tuple[str, ...], foreground: boo
         if not value:
             raise UsageError(f"{name} is empty: give the path of a directory")
     store = os.path.abspath(store)
-    if ready_fd is None:
+    if link is None:
         mountpoint = os.path.abspath(mountpoint)
-        check_places(store, mountpoint)
-        mountpoint = place_of(mountpoint)
-    if not foreground:
-        return _in_background(store, mountpoint, options)
-    _log_to(store, background=ready_fd is not None, debug="debug" in ours)
+        if "LISTEN_FDS" not in os.environ:  # else a mount whose supervisor died is taken over
+            check_places(store, mountpoint)
+        return _supervise(store, place_of(mountpoint), options, foreground=foreground)
+    _log_to(store, background=quiet, debug="debug" in ours)
 
     from ramfs.daemon import Daemon, MountRequest
+    from ramfs.supervisor.link import Link
 
     def ready() -> None:
-        if ready_fd is not None:
+        if quiet:
             null = os.open(os.devnull, os.O_RDWR)
             os.dup2(null, 1)
             os.dup2(null, 2)
-            os.write(ready_fd, b"ready\n")
-            os.close(ready_fd)
+            os.close(null)
 
     request = MountRequest(
         store,
         mountpoint,
         (*passed, "subtype=ramfs", f"fsname={_escape(store)}"),
         template_rdwr="template_rdwr" in ours,
-        native=next((word.partition("=")[2] for word in ours if word.startswith("native=")), "auto"),
     )
-    Daemon(request, ready).run()
+    to_supervisor = Link(link)
+    go = to_supervisor.stand_by(__version__)
+    if go is not None:
+        Daemon(request, ready, to_supervisor, go).run()
     return 0
 
 
@@ -172,14 +172,30 @@ def _escape(source: str) -> str:
     )
 
 
-def _in_background(store: str, mountpoint: str, options: tuple[str, ...]) -> int:
-    """Start the daemon in a session of its own; wait until it serves or fails. Its errors are its own words."""
-    reader, writer = os.pipe()
-    command = [sys.executable, "-P", "-m", "ramfs", "mount", "-f", "--ready-fd", str(writer)]
+def _supervise(store: str, mountpoint: str, options: tuple[str, ...], *, foreground: bool) -> int:
+    """Become the supervisor of the mount, or start it in a session of its own and wait until the mount is ready.
+
+    Errors are the daemon's own words.
+    """
+    command = [sys.executable, "-P", "-m", "ramfs", "mount", "--link", process.LINK]
     for option in options:
         command += ["-o", option]
+    settings = {
+        "command": [*command, *([] if foreground else ["--quiet"]), "--", store, mountpoint],
+        "store": store,
+        "mountpoint": mountpoint,
+        "unmount": unmount_command(mountpoint, lazy=True),
+        "ready": -1,
+        "log": "" if foreground else os.path.join(store, "daemon.log"),
+    }
+    supervisor = [sys.executable, "-I", "-S", process.SCRIPT]
+    if foreground:
+        sys.stdout.flush()
+        os.execv(supervisor[0], [*supervisor, json.dumps(settings)])
+    reader, writer = os.pipe()
+    settings["ready"] = writer
     child = subprocess.Popen(
-        [*command, "--", store, mountpoint],
+        [*supervisor, json.dumps(settings)],
         stdin=subprocess.DEVNULL,
         pass_fds=(writer,),
         start_new_session=True,
@@ -196,8 +212,6 @@ def _in_background(store: str, mountpoint: str, options: tuple[str, ...]) -> int
         child.terminate()
         child.wait()
         raise
-    if code < 0:
-        raise MountError(f"the daemon was ended by signal {-code} before the mount was ready")
     return code or MountError.exit_code
 
 

@@ -8,7 +8,7 @@
  *                             libfuse has no word for (raw requests)
  *   fuse_reply_open, _create  can tell the kernel more of an open file than pyfuse3 has words for (mark_open)
  *
- * and the INIT reply gets flags that libfuse does not know (edit_init).
+ * and the INIT reply gets one flag that libfuse does not know (edit_init).
  *
  * Everything here runs in pyfuse3's loop, which enters libfuse with the GIL held. Operations are handed to
  * Python functions that answer at once (see operations.py); one more operation of libfuse is a row in HANDLERS,
@@ -34,12 +34,9 @@
 enum { PAGE = 4096 };
 enum { ON_READ, ON_MAP, ON_WRITE, ON_COPY, ON_IOCTL, ON_RAW, HANDLERS };
 static const char *const handler_names[HANDLERS] = {"read", "map_layer", "write", "copy_file_range", "ioctl", "raw"};
-/* Of Linux 6.9, which older headers lack: */
-enum { INIT_EXT = 1 << 30, PASSTHROUGH = 1 << 5 /* of flags2 */, STACK_DEPTH = 0 /* of unused */ };
 static PyObject *handlers[HANDLERS];
 
 static unsigned max_background = 64, max_readahead = 1 << 20, max_write = 1 << 20;
-static int want_passthrough, offered, passthrough; /* asked for by us, offered by the kernel, agreed on */
 static long spin_ns = 0;     /* how long to look for the next request before going back to the loop */
 static unsigned burst = 64; /* requests answered before other tasks of the loop get their turn: 20 ms of the largest */
 
@@ -48,7 +45,10 @@ static struct fuse_lowlevel_ops theirs; /* pyfuse3's operations */
 static struct fuse_conn_info negotiated;
 static unsigned long long answered;
 static const struct fuse_in_header *current; /* the request being answered at once, as the kernel wrote it */
-static unsigned long long unique;            /* of the request that was last given to pyfuse3 */
+static unsigned long long unique;            /* of the request that is being, or was last, handed to Python */
+static uint32_t xattr_flags;                 /* of the last SETXATTR */
+static char init_request[256];               /* INIT as the kernel sent it */
+static int initialising, replaying;          /* its reply is to be edited; to be thrown away */
 static struct { uint64_t fh; uint32_t flags; int32_t backing; } marked; /* what the next reply to an OPEN bears too */
 static int opening;                                                     /* that reply is on its way */
 
@@ -291,6 +291,18 @@ static long long now_ns(void)
     return t.tv_sec * 1000000000LL + t.tv_nsec;
 }
 
+/* Remember of a request what handlers may ask for. */
+static void note(const struct fuse_in_header *request)
+{
+    unique = request->unique;
+    if (request->opcode == FUSE_SETXATTR)
+        xattr_flags = ((const struct fuse_setxattr_in *)(request + 1))->flags;
+    if (request->opcode == FUSE_INIT && request->len <= sizeof init_request) {
+        memcpy(init_request, request, request->len);
+        initialising = 1;
+    }
+}
+
 static int answers(uint32_t opcode)
 {
     return (opcode == FUSE_READ && handlers[ON_READ]) || (opcode == FUSE_WRITE && handlers[ON_WRITE]);
@@ -351,8 +363,8 @@ __attribute__((visibility("default"))) int fuse_session_receive_buf(struct fuse_
             return res;
         struct fuse_in_header *in = buf->mem;
         PyObject *raw = NULL;
+        note(in);
         if (!answers(in->opcode) && !(raw = raw_handler(in->opcode))) {
-            unique = in->unique;
             translate(in);
             return res;
         }
@@ -408,12 +420,12 @@ static PyObject *py_unique(PyObject *self, PyObject *none)
 static PyObject *py_install(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"read", "map_layer", "write", "copy_file_range", "ioctl", "raw", "max_background", "max_readahead",
-                            "max_write", "spin_ns", "passthrough", NULL};
+                            "max_write", "spin_ns", NULL};
     PyObject *given[HANDLERS] = {NULL};
     (void)self;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$OOOOOO!IIIlp", names, &given[ON_READ], &given[ON_MAP],
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$OOOOOO!IIIl", names, &given[ON_READ], &given[ON_MAP],
                                      &given[ON_WRITE], &given[ON_COPY], &given[ON_IOCTL], &PyDict_Type, &given[ON_RAW],
-                                     &max_background, &max_readahead, &max_write, &spin_ns, &want_passthrough))
+                                     &max_background, &max_readahead, &max_write, &spin_ns))
         return NULL;
     for (int i = 0; i < HANDLERS; i++) {
         Py_INCREF(given[i]);
@@ -423,11 +435,10 @@ static PyObject *py_install(PyObject *self, PyObject *args, PyObject *kwargs)
 }
 
 /* Replies on their way to the kernel. INIT: the kernel asks for the attribute security.capability before every
- * write(2) unless the server promises to drop privileges itself, for which libfuse 3.14 has no word; nor has it
- * one for files that the kernel reads from the store without us. OPEN and CREATE: see mark_open. */
+ * write(2) unless the server promises to drop privileges itself, for which libfuse 3.14 has no word. OPEN and
+ * CREATE: see mark_open. */
 static ssize_t reply_writev(int fd, struct iovec *iov, int count, void *userdata)
 {
-    static int init_done;
     (void)userdata;
     if (opening && count >= 2 && iov[1].iov_len >= sizeof(struct fuse_open_out)) { /* the last part, also of CREATE's */
         struct fuse_open_out *out =
@@ -435,17 +446,17 @@ static ssize_t reply_writev(int fd, struct iovec *iov, int count, void *userdata
         out->open_flags |= marked.flags;
         out->padding = (uint32_t)marked.backing; /* its name before Linux 6.9 */
     }
-    if (!init_done && count >= 2 && iov[1].iov_len == sizeof(struct fuse_init_out)) {
+    if (replaying) {
+        ssize_t length = 0;
+        for (int i = 0; i < count; i++)
+            length += (ssize_t)iov[i].iov_len;
+        return length;
+    }
+    if (initialising && count >= 2 && iov[1].iov_len == sizeof(struct fuse_init_out)) {
         struct fuse_init_out *out = iov[1].iov_base;
         if (out->major == FUSE_KERNEL_VERSION) {
             out->flags |= FUSE_HANDLE_KILLPRIV_V2;
-            if (want_passthrough && offered) {
-                out->flags |= INIT_EXT;
-                out->flags2 |= PASSTHROUGH;
-                out->unused[STACK_DEPTH] = 1; /* their file system may not be stacked itself; one may stand on ours */
-                passthrough = 1;
-            }
-            init_done = 1;
+            initialising = 0;
         }
     }
     return writev(fd, iov, count);
@@ -453,13 +464,8 @@ static ssize_t reply_writev(int fd, struct iovec *iov, int count, void *userdata
 
 static ssize_t request_read(int fd, void *buffer, size_t size, void *userdata)
 {
-    const struct fuse_in_header *head = buffer;
-    const struct fuse_init_in *init = (const void *)(head + 1);
-    ssize_t length = read(fd, buffer, size);
     (void)userdata;
-    if (length >= (ssize_t)(sizeof *head + sizeof *init) && head->opcode == FUSE_INIT)
-        offered = init->flags & INIT_EXT && init->flags2 & PASSTHROUGH;
-    return length;
+    return read(fd, buffer, size);
 }
 
 static PyObject *py_edit_init(PyObject *self, PyObject *none)
@@ -469,6 +475,51 @@ static PyObject *py_edit_init(PyObject *self, PyObject *none)
     (void)none;
     return PyLong_FromLong(session == NULL ? -EINVAL
                                            : fuse_session_custom_io(session, &io, fuse_session_fd(session)));
+}
+
+static PyObject *py_init_request(PyObject *self, PyObject *none)
+{
+    (void)self;
+    (void)none;
+    return PyBytes_FromStringAndSize(init_request, ((const struct fuse_in_header *)init_request)->len);
+}
+
+/* INIT comes once for a connection. Where another daemon got it, libfuse gets it again from here, to settle the same;
+ * the kernel, which has its reply, gets none. */
+static PyObject *py_replay_init(PyObject *self, PyObject *args)
+{
+    Py_buffer request;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "y*", &request))
+        return NULL;
+    if (session != NULL && request.len >= (Py_ssize_t)sizeof(struct fuse_in_header) &&
+        request.len <= (Py_ssize_t)sizeof init_request) {
+        memcpy(init_request, request.buf, (size_t)request.len);
+        struct fuse_buf buf = {.mem = init_request, .size = (size_t)request.len};
+        replaying = 1;
+        real_process_buf(session, &buf);
+        replaying = 0;
+    }
+    PyBuffer_Release(&request);
+    Py_RETURN_NONE;
+}
+
+/* Ask the kernel for the requests again that were read and not answered. Returns 0 or -errno; -EINVAL before 6.9. */
+static PyObject *py_resend(PyObject *self, PyObject *none)
+{
+    enum { NOTIFY_RESEND = 7 };
+    struct fuse_out_header out = {.len = sizeof out, .error = NOTIFY_RESEND};
+    (void)self;
+    (void)none;
+    ssize_t written = session == NULL ? -1 : write(fuse_session_fd(session), &out, sizeof out);
+    return PyLong_FromLong(written == (ssize_t)sizeof out ? 0 : session == NULL ? -EINVAL : -errno);
+}
+
+static PyObject *py_xattr_flags(PyObject *self, PyObject *none)
+{
+    (void)self;
+    (void)none;
+    return PyLong_FromUnsignedLong(xattr_flags);
 }
 
 static PyObject *py_session_fd(PyObject *self, PyObject *none)
@@ -482,11 +533,10 @@ static PyObject *py_connection(PyObject *self, PyObject *none)
 {
     (void)self;
     (void)none;
-    return Py_BuildValue("{s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:K,s:i}", "proto_major", negotiated.proto_major, "proto_minor",
+    return Py_BuildValue("{s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:K}", "proto_major", negotiated.proto_major, "proto_minor",
                          negotiated.proto_minor, "max_background", negotiated.max_background, "max_readahead",
                          negotiated.max_readahead, "max_write", negotiated.max_write, "capable", negotiated.capable,
-                         "want", negotiated.want, "answered", answered, "passthrough",
-                         passthrough);
+                         "want", negotiated.want, "answered", answered);
 }
 
 static PyMethodDef methods[] = {
@@ -494,7 +544,11 @@ static PyMethodDef methods[] = {
      "Set the handlers and the limits that fuse_session_new and INIT will use."},
     {"mark_open", py_mark_open, METH_VARARGS,
      "The reply that gives the kernel handle fh next bears these FOPEN_ flags too, and a backing id (0: none)."},
-    {"unique", py_unique, METH_NOARGS, "The number of the request that pyfuse3 was given last: ask at a handler's start."},
+    {"unique", py_unique, METH_NOARGS, "The number of the request under way: ask at a handler's start."},
+    {"xattr_flags", py_xattr_flags, METH_NOARGS, "XATTR_CREATE or XATTR_REPLACE of a SETXATTR: ask at its handler's start."},
+    {"init_request", py_init_request, METH_NOARGS, "The kernel's INIT request, empty before it came."},
+    {"replay_init", py_replay_init, METH_VARARGS, "Let libfuse have the INIT request of a connection that is taken over."},
+    {"resend", py_resend, METH_NOARGS, "Ask for the unanswered requests of the daemon before; 0 or -errno."},
     {"session_fd", py_session_fd, METH_NOARGS, "The descriptor of the session that pyfuse3 made, -1 if it made none here."},
     {"edit_init", py_edit_init, METH_NOARGS, "Complete the INIT reply; call after pyfuse3.init. Returns 0 or -errno."},
     {"connection", py_connection, METH_NOARGS, "What INIT settled, and how many requests were answered at once."},

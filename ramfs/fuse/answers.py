@@ -1,19 +1,39 @@
 """Exceptions into errno: the one place where that is decided."""
 
+import contextlib
 import errno
 import functools
 import logging
 import sqlite3
-from collections.abc import Callable, Coroutine
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
 
 from ramfs.errors import FileError, RamfsError
-from ramfs.fuse.extension import pyfuse3
+from ramfs.fuse.extension import native, pyfuse3
+from ramfs.store.outcomes import REQUEST
 
 log = logging.getLogger(__name__)
 
+#: Set in the number of a request that the kernel asks again (FUSE_UNIQUE_RESEND).
+AGAIN: Final = 1 << 63
+
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+class Requests(Protocol):
+    """What wants to know of requests that must not be carried out twice."""
+
+    def asked_again(self, request: int) -> Callable[[], None]:
+        """Take back what was recorded for it; what is returned is called once it was carried out."""
+        ...
+
+    def concluded(self, request: int) -> None:
+        """The answer is on its way."""
+        ...
+
+
+R = TypeVar("R", bound=Requests)
 
 
 def errno_of(exc: Exception, request: str, details: tuple[Any, ...]) -> int:
@@ -43,14 +63,36 @@ def errno_of(exc: Exception, request: str, details: tuple[Any, ...]) -> int:
     return errno.EIO
 
 
-def answered(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+def _nothing() -> None:
+    pass
+
+
+@contextlib.contextmanager
+def request_of(requests: Requests) -> Iterator[None]:
+    """Around the handling of one request: REQUEST is its number. Enter before anything is awaited."""
+    number = native.unique()
+    request = number & ~AGAIN
+    afterwards = requests.asked_again(request) if number & AGAIN else _nothing
+    token = REQUEST.set(request)
+    try:
+        yield
+    finally:
+        REQUEST.reset(token)
+        afterwards()
+        requests.concluded(request)
+
+
+def answered(
+    handler: Callable[Concatenate[R, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[R, P], Coroutine[Any, Any, T]]:
     """Let nothing but FUSEError leave an asynchronous handler."""
 
     @functools.wraps(handler)
-    async def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+    async def wrapper(self: R, /, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            return await handler(*args, **kwargs)
+            with request_of(self):
+                return await handler(self, *args, **kwargs)
         except Exception as exc:
-            raise pyfuse3.FUSEError(errno_of(exc, handler.__name__, args[1:])) from None
+            raise pyfuse3.FUSEError(errno_of(exc, handler.__name__, args)) from None
 
     return wrapper

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ramfs.namespace import Inode
 from ramfs.store.images import Image
-from ramfs.units import HandleId
+from ramfs.units import HandleId, InodeNumber
 
 
 @dataclass(slots=True)
@@ -21,6 +21,7 @@ class VirtualHandle:
     """An open file of ``.ramfs``: its text as of the open, and what answers a write."""
 
     id: HandleId
+    ino: InodeNumber
     data: bytes
     uid: int
     gid: int

@@ -12,23 +12,26 @@ import logging
 import os
 import signal
 import stat
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import trio
 
 from ramfs.errors import FileError
 from ramfs.fuse import fileattr, statx, virtual
-from ramfs.fuse.answers import answered, errno_of
+from ramfs.fuse.answers import answered, errno_of, request_of
 from ramfs.fuse.extension import native, pyfuse3
 from ramfs.fuse.flush import Flusher
 from ramfs.fuse.handles import FileHandle, VirtualHandle
-from ramfs.fuse.passthrough import FOPEN_PASSTHROUGH, Passthrough
 from ramfs.inspect.counters import Counters
 from ramfs.inspect.report import Observer, page_counts_text
+from ramfs.ledger import OPENER, Held, Kind, Ledger, Record, inode_numbers
 from ramfs.namespace import CONTROL_XATTR, Caller, Inode, Namespace, Opener
 from ramfs.pager import Pager, Plan
+from ramfs.ramblock import temporary_name
 from ramfs.store.images import Image
+from ramfs.store.outcomes import REQUEST
 from ramfs.units import MAX_NAME, PAGE, ROOT, HandleId, InodeNumber, LayerId
 
 log = logging.getLogger(__name__)
@@ -57,20 +60,98 @@ class Operations(pyfuse3.Operations):
     enable_acl = False
 
     def __init__(
-        self, pager: Pager, namespace: Namespace, observer: Observer, flusher: Flusher, passthrough: Passthrough, *,
-        template_rdwr: bool = False,
+        self, pager: Pager, namespace: Namespace, observer: Observer, flusher: Flusher, *, template_rdwr: bool = False,
+        held: Held | None = None,
     ) -> None:  # fmt: skip
+        """``held`` is what the kernel holds already, when another daemon served the mount before."""
         super().__init__()
         self.pager = pager
         self.namespace = namespace
         self.observer = observer
         self.flusher = flusher
         self.template_rdwr = template_rdwr
-        self.passthrough = passthrough
         self.counters: Counters = observer.counters
-        self._numbers = itertools.count(1)
+        self.ledger: Ledger = namespace.ledger
+        self.outcomes = pager.store.outcomes
+        # No number is given twice, not by another daemon either: a RELEASE may come again.
+        self._numbers = itertools.count(time.monotonic_ns())
         self._images: dict[int, Image] = {}  # of open files, by handle: what the hot path needs
         self._files: dict[int, FileHandle | VirtualHandle] = {}
+        held = held or Held()
+        self._has_init = bool(held.init)
+        self._unanswered = held.by_request
+        self._unaliased: set[int] = set()
+        """requests to remove a temporary name that was removed for them before"""
+        for record in held.files.values():
+            self._reopen(record)
+
+    # -- what the kernel holds
+
+    def _reopen(self, record: Record) -> None:
+        """Know a file again that the kernel has open from the daemon before."""
+        handle, ino = HandleId(record.b), InodeNumber(record.c)
+        uid, gid, pid = OPENER.unpack_from(record.payload)
+        if virtual.is_virtual(ino):
+            data = record.payload[OPENER.size :]
+            self._files[handle] = VirtualHandle(handle, ino, data, uid, gid, pid)
+            return
+        inode = self.namespace.get(ino)
+        inode.opens[handle] = Opener(pid, bool(record.d))
+        self._images[handle] = inode.file
+        self._files[handle] = FileHandle(handle, inode, inode.file)
+
+    def held(self) -> Iterator[Record]:
+        """What the kernel holds, for the ledger."""
+        yield Record(Kind.INIT, payload=native.init_request())
+        yield from self.namespace.held()
+        for handle, file in self._files.items():
+            if isinstance(file, VirtualHandle):
+                payload = OPENER.pack(file.uid, file.gid, file.pid) + file.data
+                yield Record(Kind.OPEN, 0, handle, file.ino, payload=payload)
+            else:
+                opener = file.inode.opens[file.id]
+                payload = OPENER.pack(0, 0, opener.pid)
+                yield Record(Kind.OPEN, 0, handle, file.inode.ino, int(opener.writable), payload)
+
+    def _note_open(self, handle: HandleId, ino: InodeNumber, writable: bool, opener: bytes) -> None:
+        self.ledger.add(Kind.OPEN, REQUEST.get(), handle, ino, int(writable), opener)
+
+    def asked_again(self, request: int) -> Callable[[], None]:
+        """The kernel has no answer to a request of the daemon before: what that one gave with it is not there.
+
+        Lookups are taken back afterwards: an inode that has no name would else be gone before it is asked for.
+        """
+        lookups: list[tuple[InodeNumber, int]] = []
+        for record in self._unanswered.pop(request, ()):
+            if record.kind is Kind.OPEN and record.b in self._files:
+                self._close(record.b)
+            elif record.kind is Kind.ALIAS:
+                self.namespace.drop_alias(InodeNumber(record.b), record.payload)
+            elif record.kind is Kind.LOOKUP:
+                lookups.append((InodeNumber(record.b), record.c))
+            elif record.kind is Kind.LOOKUPS:
+                lookups.extend((InodeNumber(ino), 1) for ino in inode_numbers(record.payload))
+            elif record.kind is Kind.UNALIAS:
+                self._unaliased.add(request)
+
+        def take_back() -> None:
+            for ino, count in lookups:
+                self.namespace.forget(ino, count)
+
+        return take_back
+
+    def concluded(self, request: int) -> None:
+        """The answer to a request is on its way."""
+        self.outcomes.answered(request)
+
+    def _done_before(self) -> bool:
+        """Did the daemon before carry the request under way out, without answering it?"""
+        return self.outcomes.of_before() is not None
+
+    def _made_before(self) -> Inode | None:
+        """What the daemon before made for the request under way, if it did."""
+        ino = self.outcomes.of_before()
+        return None if ino is None else self.namespace.get(ino)
 
     # -- answered at once, called by the extension
 
@@ -99,7 +180,8 @@ class Operations(pyfuse3.Operations):
         try:
             image = self._images.get(handle)
             if image is None:
-                return self._command(self._virtual(handle), bytes(data))
+                with request_of(self):
+                    return self._command(self._virtual(handle), bytes(data))
             counters = self.counters
             counters.writes += 1
             counters.written_bytes += len(data)
@@ -187,7 +269,7 @@ class Operations(pyfuse3.Operations):
 
     def _entry(self, inode: Inode) -> pyfuse3.EntryAttributes:
         """The reply that gives the kernel an inode: one lookup more."""
-        inode.lookups += 1
+        self.namespace.looked_up(inode)
         return self._attributes(inode)
 
     @staticmethod
@@ -276,7 +358,7 @@ class Operations(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         """MKNOD."""
         parent = self._check_parent(parent_inode, name)
-        return self._entry(self.namespace.make(parent, name, mode, self._caller(ctx), rdev=rdev))
+        return self._entry(self._made_before() or self.namespace.make(parent, name, mode, self._caller(ctx), rdev=rdev))
 
     @answered
     async def mkdir(
@@ -286,10 +368,14 @@ class Operations(pyfuse3.Operations):
         parent = self._check_parent(parent_inode, name)
         if self.namespace.get(parent).is_snap:
             return self._entry(await self._snapshot(parent, name))
-        return self._entry(self.namespace.make(parent, name, mode, self._caller(ctx)))
+        return self._entry(self._made_before() or self.namespace.make(parent, name, mode, self._caller(ctx)))
 
     async def _snapshot(self, snap: InodeNumber, name: bytes) -> Inode:
         space = self.namespace
+        made = self._made_before()
+        if made is not None:
+            await trio.to_thread.run_sync(self.pager.store.catalog.sync)
+            return made
         directory = space.check_snapshot(snap, name)
         await self.flush_below(directory)
         directory = space.check_snapshot(snap, name)  # the tree may have changed
@@ -332,12 +418,16 @@ class Operations(pyfuse3.Operations):
     @answered
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         """UNLINK."""
+        if self._done_before() or REQUEST.get() in self._unaliased:
+            return
         self.namespace.unlink(self._check_parent(parent_inode, name), name)
 
     @answered
     async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         """RMDIR; in ``.snap``: deletes a snapshot."""
         parent = self._check_parent(parent_inode, name)
+        if self._done_before():
+            return
         if self.namespace.get(parent).is_snap:
             self.namespace.delete_snapshot(parent, name)
         else:
@@ -349,7 +439,10 @@ class Operations(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         """SYMLINK."""
         parent = self._check_parent(parent_inode, name)
-        return self._entry(self.namespace.make(parent, name, stat.S_IFLNK | 0o777, self._caller(ctx), target=target))
+        return self._entry(
+            self._made_before()
+            or self.namespace.make(parent, name, stat.S_IFLNK | 0o777, self._caller(ctx), target=target)
+        )
 
     @answered
     async def rename(
@@ -359,6 +452,8 @@ class Operations(pyfuse3.Operations):
         """RENAME, with RENAME_EXCHANGE and RENAME_NOREPLACE."""
         if flags not in (0, pyfuse3.RENAME_EXCHANGE, pyfuse3.RENAME_NOREPLACE):
             raise FileError(errno.EINVAL)
+        if self._done_before():
+            return
         self.namespace.rename(
             self._check_parent(parent_inode_old, name_old), name_old,
             self._check_parent(parent_inode_new, name_new), name_new,
@@ -373,7 +468,7 @@ class Operations(pyfuse3.Operations):
         if virtual.is_virtual(inode):
             raise FileError(errno.EPERM)
         parent = self._check_parent(new_parent_inode, new_name)
-        return self._entry(self.namespace.link(InodeNumber(inode), parent, new_name))
+        return self._entry(self._made_before() or self.namespace.link(InodeNumber(inode), parent, new_name))
 
     # -- open files
 
@@ -386,16 +481,16 @@ class Operations(pyfuse3.Operations):
             self.pager.truncate(image, 0)
             self.namespace.drop_suid(inode)
         handle = HandleId(next(self._numbers))
-        backing = self.passthrough.open(inode, handle)
+        self._note_open(handle, inode.ino, writable and not inode.frozen, OPENER.pack(0, 0, pid))
         inode.opens[handle] = Opener(pid, writable and not inode.frozen)
         self._images[handle] = image
         self._files[handle] = FileHandle(handle, inode, image)
         if not writable:
             # The kernel else writes back all that a guest has dirty whenever a reader of its memory closes it.
-            native.mark_open(handle, _FOPEN_NOFLUSH | (FOPEN_PASSTHROUGH if backing else 0), backing)
+            native.mark_open(handle, _FOPEN_NOFLUSH, 0)
         # A frozen file that is open for writing must not be mapped shared: stores would stay in the page
         # cache, seen by everybody, though no write is accepted. direct_io makes the kernel refuse that.
-        return pyfuse3.FileInfo(fh=handle, keep_cache=not backing, direct_io=inode.frozen and writable)
+        return pyfuse3.FileInfo(fh=handle, keep_cache=True, direct_io=inode.frozen and writable)
 
     @answered
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
@@ -404,13 +499,13 @@ class Operations(pyfuse3.Operations):
             if flags & _WRITES and inode != virtual.CONTROL:
                 raise FileError(errno.EACCES)  # which the mode alone does not tell root
             return self._open_virtual(InodeNumber(inode), ctx)
-        await self.passthrough.look(self.namespace.get(InodeNumber(inode)))
         return self._open(self.namespace.get(InodeNumber(inode)), flags, ctx.pid)
 
     def _open_virtual(self, ino: InodeNumber, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         handle = HandleId(next(self._numbers))
         data = virtual.contents(ino, self.observer)
-        self._files[handle] = VirtualHandle(handle, data, ctx.uid, ctx.gid, ctx.pid)
+        self._note_open(handle, ino, False, OPENER.pack(ctx.uid, ctx.gid, ctx.pid) + data)
+        self._files[handle] = VirtualHandle(handle, ino, data, ctx.uid, ctx.gid, ctx.pid)
         return pyfuse3.FileInfo(fh=handle, direct_io=True)
 
     @answered
@@ -420,9 +515,12 @@ class Operations(pyfuse3.Operations):
         """CREATE; of a temporary name of QEMU's: opens the block file that it means; of NO_NAME: O_TMPFILE."""
         parent = self._check_parent(parent_inode, name)
         caller = self._caller(ctx)
-        if name == NO_NAME:
-            inode: Inode | None = self.namespace.make_unnamed(parent, mode, caller)
-        else:
+        inode = self._made_before()
+        if inode is not None and temporary_name(name) is not None:
+            self.namespace.add_alias(parent, name, inode)
+        if inode is None and name == NO_NAME:
+            inode = self.namespace.make_unnamed(parent, mode, caller)
+        if inode is None:
             inode = await self._block_inode(parent, name, mode, caller)
         if inode is None:
             inode = self.namespace.make(parent, name, mode, caller)
@@ -452,12 +550,16 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def release(self, fh: int) -> None:
-        """RELEASE."""
+        """RELEASE; asked again it may be of a file that is closed already."""
+        if fh in self._files:
+            self._close(fh)
+
+    def _close(self, fh: int) -> None:
+        self.ledger.add(Kind.CLOSE, REQUEST.get(), fh)
         self._images.pop(fh, None)
         file = self._files.pop(fh)
         if isinstance(file, FileHandle):
             del file.inode.opens[file.id]
-            self.passthrough.release(file.id)
             self.namespace.let_go(file.inode)
 
     @answered
@@ -494,12 +596,14 @@ class Operations(pyfuse3.Operations):
         for number, (name, inode) in enumerate(dots[start_id:], start_id + 1):
             if not pyfuse3.readdir_reply(token, name, self._attributes(inode), number):
                 return
+        told: list[Inode] = []
         for cookie, name, ino in space.names(directory.ino, max(0, start_id - len(dots))):
             inode = space.get(ino)
             if not pyfuse3.readdir_reply(token, name, self._attributes(inode), cookie + len(dots)):
                 space.let_go(inode)
-                return
-            inode.lookups += 1
+                break
+            told.append(inode)
+        space.listed(told)
 
     @answered
     async def releasedir(self, fh: int) -> None:
@@ -527,6 +631,10 @@ class Operations(pyfuse3.Operations):
         """GETXATTR; ``user.ramfs.pages`` is made for the asking."""
         if virtual.is_virtual(inode):
             raise FileError(errno.ENODATA)
+        if self._done_before():  # pyfuse3 looks whether the attribute is there before it is set
+            if native.xattr_flags() == os.XATTR_CREATE:
+                raise FileError(errno.ENODATA)
+            return b""
         if name == _PAGES_XATTR:
             node = self.namespace.get(InodeNumber(inode))
             if node.image is None:
@@ -548,6 +656,8 @@ class Operations(pyfuse3.Operations):
     def _set_xattr(self, inode: int, name: bytes, value: bytes | None) -> None:
         if virtual.is_virtual(inode):
             raise FileError(errno.EPERM)
+        if self._done_before():
+            return
         self.namespace.set_xattr(InodeNumber(inode), name, value)
 
     @answered
@@ -560,6 +670,8 @@ class Operations(pyfuse3.Operations):
     def _command(self, file: VirtualHandle, command: bytes) -> int:
         if len(command) > virtual.MAX_COMMAND:
             raise FileError(errno.E2BIG)
+        if self._done_before():
+            return len(command)
         source, parent, name = virtual.parse_clone(command)
         caller = Caller(file.uid, file.gid, file.pid, lambda: set(pyfuse3.get_sup_groups(file.pid)))
         space = self.namespace
@@ -580,6 +692,8 @@ class Operations(pyfuse3.Operations):
 
     def init(self) -> None:
         """INIT; the extension has set the limits."""
+        if not self._has_init:
+            self.ledger.add(Kind.INIT, payload=native.init_request())
 
 
 def _lives(pid: int) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import select
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Final
@@ -19,6 +20,8 @@ MAX_REQUEST: Final = 1 << 20
 #: Requests that may wait at a time (for a sync, say). With all of them taken nothing is answered any more, not
 #: even the requests of our own that they wait for; so it is a number that no machine comes to.
 MAX_WAITING: Final = 1 << 20
+#: Mount options that libfuse itself looks at.
+_LIBFUSE_OPTIONS: Final = {"allow_root"}
 #: ns that the extension looks for the next request before it goes back to the loop. Handing the thread's CPU
 #: back and being woken costs more than most gaps between the faults of one vCPU last.
 SPIN_NS: Final = 20_000
@@ -43,8 +46,11 @@ def _heard(words: list[str]) -> Iterator[None]:
 class Session:
     """A mount. One for each process: libfuse and pyfuse3 keep theirs in globals."""
 
-    def __init__(self, operations: Operations, mountpoint: str, options: Iterable[str]) -> None:
-        """Mount. Raises MountError."""
+    def __init__(
+        self, operations: Operations, mountpoint: str, options: Iterable[str], connection: int | None = None
+    ) -> None:
+        """Mount. Or take ``connection`` over, the descriptor of a mount that another daemon made. Raises MountError."""
+        self._mountpoint = mountpoint
         native.install(
             read=operations.read_now,
             map_layer=operations.map_now,
@@ -57,12 +63,14 @@ class Session:
             max_readahead=MAX_REQUEST,
             max_write=MAX_REQUEST,
             spin_ns=SPIN_NS if (os.cpu_count() or 1) > 1 else 0,
-            passthrough=not operations.passthrough.refused,
         )
         words: list[str] = []
         try:
             with _heard(words):
-                pyfuse3.init(operations, mountpoint, {"default_permissions", *options})
+                if connection is None:
+                    pyfuse3.init(operations, mountpoint, {"default_permissions", *options})
+                else:  # allow_root is libfuse's own, the others the kernel has heard
+                    pyfuse3.init(operations, f"/dev/fd/{connection}", _LIBFUSE_OPTIONS & set(options))
         except RuntimeError as exc:
             raise MountError(f"{mountpoint} cannot be mounted: {'; '.join(words) or exc}") from exc
         for line in words:  # of a mount that was made all the same, and of our own log
@@ -78,6 +86,15 @@ class Session:
             pyfuse3.close(unmount=True)
             raise MountError("libfuse refused to let ramfs complete the INIT reply: install libfuse 3.13 to 3.16")
         os.set_blocking(fd, False)  # the extension reads until there is nothing more
+        self.fd = fd
+        self.resent = 0
+        """0, or the errno for which the kernel did not ask unanswered requests again"""
+
+    def go_on(self, init: bytes) -> None:
+        """Settle what the daemon before settled by the INIT request ``init``, ask for what it left unanswered."""
+        if init:
+            native.replay_init(init)
+        self.resent = -native.resend()
 
     @staticmethod
     async def serve() -> None:
@@ -101,7 +118,13 @@ class Session:
         settled: dict[str, int] = native.connection()
         return settled
 
-    @staticmethod
-    def close() -> None:
-        """Unmount, if that has not happened yet."""
-        pyfuse3.close(unmount=True)
+    def disconnect(self) -> bool:
+        """Answer nothing any more: once nobody else holds the connection either, all that waits gets an error.
+
+        Returns whether the mount was still there.
+        """
+        poll = select.poll()
+        poll.register(self.fd, 0)
+        mounted = not poll.poll(0)
+        os.close(self.fd)
+        return mounted

@@ -6,13 +6,13 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import ramfs
 from ramfs.errors import StoreDamaged
 from ramfs.image.lineage import PageCounts, count_pages
 from ramfs.inspect.counters import Counters
-from ramfs.namespace import Inode, Namespace
+from ramfs.namespace import Namespace
 from ramfs.store.images import Image, read_table
 from ramfs.store.store import Store
 from ramfs.units import SNAP_BIT
@@ -21,14 +21,19 @@ from ramfs.units import SNAP_BIT
 SCHEMA = 1
 
 
-class Native(Protocol):
-    """What tells which files the kernel serves from the store by itself."""
+@dataclass(slots=True)
+class Supervision:
+    """What a daemon knows of its supervisor and of those before it."""
 
-    refused: str
-    """why there are none, if there is a reason that holds for the whole mount"""
-
-    def is_native(self, inode: Inode) -> bool:
-        """Is that one?"""
+    pid: int
+    starts: int
+    """daemons of this mount so far, this one among them"""
+    crashes: int
+    """of those, how many died"""
+    why: str
+    """why this one took over; empty for the first"""
+    asks_again: bool | None = None
+    """whether the kernel asked again what the one before had not answered; None for the first"""
 
 
 @dataclass(slots=True)
@@ -41,14 +46,13 @@ class Observer:
     mountpoint: str
     connection: Callable[[], dict[str, int]]
     """what was settled with the kernel"""
-    native: Native
     started: float
+    supervision: Supervision
 
     def status(self) -> dict[str, Any]:
         """The contents of ``status.json``; docs/format.md names the fields."""
         catalog, layers = self.store.catalog, self.store.layers
         space = self.store.statvfs()
-        opened = [(inode, self.native.is_native(inode)) for inode in self.namespace.inodes.values() if inode.opens]
         return {
             "schema": SCHEMA,
             "version": ramfs.__version__,
@@ -56,6 +60,7 @@ class Observer:
             "mountpoint": self.mountpoint,
             "store": self.store.directory,
             "uptime_seconds": round(time.monotonic() - self.started, 3),
+            "supervisor": asdict(self.supervision),
             "images": {
                 "total": catalog.number("SELECT count(*) FROM images"),
                 "frozen": catalog.number("SELECT count(*) FROM images WHERE frozen"),
@@ -79,15 +84,14 @@ class Observer:
             "memory_bytes": _largest_resident(),
             "requests": asdict(self.counters),
             "connection": self.connection(),
-            "native": {"files": sum(native for _, native in opened), "refused": self.native.refused},
             "open_files": [
                 {
                     "path": self._name(inode.ino),
                     "pids": sorted({opener.pid for opener in inode.opens.values()}),
                     "bytes": inode.size,
-                    "native": native,
                 }
-                for inode, native in opened
+                for inode in self.namespace.inodes.values()
+                if inode.opens
             ],
         }
 
@@ -134,7 +138,6 @@ class Observer:
             (f'{{kind="{kind}"}}', status["store_bytes"][kind]) for kind in ("total", "free", "layers")
         ))  # fmt: skip
         metric("memory_bytes", "gauge", "Largest resident size of the daemon.", ("", status["memory_bytes"]))
-        metric("native_files", "gauge", "Open files that the kernel serves by itself.", ("", status["native"]["files"]))
         for name, value in status["requests"].items():
             metric(
                 f"{name}_total", "counter", f"{name.replace('_', ' ').capitalize()} since the mount began.", ("", value)

@@ -73,6 +73,14 @@ CREATE TABLE xattrs (
 ) WITHOUT ROWID;
 """
 
+#: What was added to the schema since, made where it is missing. An older program does not look at it.
+ADDITIONS: Final = """
+CREATE TABLE IF NOT EXISTS outcomes (
+    request INTEGER PRIMARY KEY,            -- FUSE's number of it, on the connection of the last mount
+    ino     INTEGER NOT NULL                -- the inode that the answer speaks of, 0 if it speaks of none
+);
+"""
+
 Row = sqlite3.Row
 
 
@@ -88,7 +96,7 @@ def make_catalog(path: str, fill: Callable[[sqlite3.Connection], object] | None 
     os.close(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
     db = sqlite3.connect(new, isolation_level=None)
     try:
-        db.executescript(f"BEGIN;{SCHEMA}")
+        db.executescript(f"BEGIN;{SCHEMA}{ADDITIONS}")
         if fill is not None:
             fill(db)
         db.execute("INSERT OR REPLACE INTO meta VALUES ('version', ?)", (FORMAT_VERSION,))
@@ -157,6 +165,7 @@ class Catalog:
         if not self.number("SELECT count(*) FROM pragma_table_info('inodes') WHERE name = 'btime'"):
             self._db.execute("ALTER TABLE inodes ADD COLUMN btime INTEGER NOT NULL DEFAULT 0")
         self._db.execute("COMMIT")
+        self._db.executescript(ADDITIONS)
         self._wal = os.open(self.path + "-wal", os.O_RDONLY)
 
     def close(self) -> None:

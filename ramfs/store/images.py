@@ -113,7 +113,7 @@ class Image:
     """
 
     __slots__ = (
-        "_ahead", "_fd", "_length", "_opened", "_table", "alike", "ctime", "frozen", "header_stale", "id", "layers",
+        "_ahead", "_fd", "_length", "_opened", "_table", "ctime", "doubtful", "frozen", "header_stale", "id", "layers",
         "live", "mtime", "path", "size", "synced_name", "users",
     )  # fmt: skip
 
@@ -139,11 +139,11 @@ class Image:
         self._table: PageTable | None = None
         self._ahead = False
         """entries were written to the file while the table was not in memory"""
-        self.alike: LayerId | None = None
-        """the layer whose file was found to read as a frozen image does (store/flat.py)"""
         self.users = 0
         self.header_stale = False
         self.synced_name = True
+        self.doubtful = False
+        """what its durable table says is not known (see Images.doubtful)"""
 
     @property
     def fd(self) -> int:
@@ -242,8 +242,8 @@ class SyncJob:
     """the directory of the layers, when there are new ones"""
     table_names: str | None = None
     """the directory of the tables, when there are new ones"""
-    writes: list[tuple[str, int, list[tuple[int, bytes]]]] = field(default_factory=list)
-    """table files: path, least length, and what to write at which offsets"""
+    writes: list[tuple[str, bool, int, list[tuple[int, bytes]]]] = field(default_factory=list)
+    """table files: path, whether to make it anew, least length, and what to write at which offsets"""
     undo: list[Callable[[], None]] = field(default_factory=list)
     images: list[Image] = field(default_factory=list)
     """in use until the end: were one closed meanwhile, nobody would know that it is not synced if this fails"""
@@ -260,9 +260,9 @@ class SyncJob:
         if self.layer_names is not None:
             sync_directory(self.layer_names)
         self.catalog.sync()
-        for path, length, parts in self.writes:
+        for path, anew, length, parts in self.writes:
             # The first durable copy appears complete or not at all: what is there counts after power loss.
-            fresh = not os.path.exists(path)
+            fresh = anew or not os.path.exists(path)
             flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_TRUNC if fresh else 0)
             fd = os.open(path + ".new" if fresh else path, flags, 0o600)
             try:
@@ -306,6 +306,9 @@ class Images:
         """while garbage is being looked for: images whose durable table was, or is being, replaced"""
         self.doomed: set[ImageId] = set()
         """deleted images whose files are still there; they go once the deletion is durable"""
+        self.doubtful: set[ImageId] = set()
+        """writable images that a daemon had which was killed, and not synced since: its knowledge of what was
+        newer than the durable table is lost, so that table is made anew. Until then nothing is garbage"""
         self._open: dict[ImageId, Image] = {}
         self._opened: dict[ImageId, Image] = {}
 
@@ -327,6 +330,9 @@ class Images:
             except FileNotFoundError as exc:
                 raise StoreDamaged(f"table {self.path(number)} is missing; run `ramfs fsck` on the store") from exc
             self._open[number] = image
+            if number in self.doubtful:
+                image.doubtful = image.header_stale = True
+                image.synced_name = False
         image.users += 1
         return image
 
@@ -409,7 +415,7 @@ class Images:
         """Let the image's live layer take no more writes; the next write begins a new one. In a transaction."""
         live = image.live
         if live is not None:
-            self.layers.seal(live, image.pages << PAGE_SHIFT)
+            self.layers.seal(live)
             self.catalog.execute("UPDATE images SET live = NULL WHERE id = ?", image.id)
             image.live = None
             self.catalog.on_rollback(lambda: setattr(image, "live", live))
@@ -448,6 +454,9 @@ class Images:
         if row is None:
             return
         self.catalog.execute("DELETE FROM images WHERE id = ?", number)
+        if number in self.doubtful:
+            self.doubtful.discard(number)
+            self.catalog.on_rollback(lambda: self.doubtful.add(number))
         live = self.layers.by_id.get(row["live"])
         if live is not None:
             self.layers.seal(live)  # only sealed layers are garbage
@@ -539,16 +548,24 @@ class Images:
         parts = [(0, pack_header(Header(image.size, image.mtime, image.ctime)))]
         table = image.table
         stale = table.stale.copy()
-        for first, stop in table.regions(stale):
+        for first, stop in table.regions(table.touched if image.doubtful else stale):
             parts.append((HEADER + first * ENTRY, table.entries[first:stop].astype("<u4").tobytes()))
         table.stale[:] = False
         image.header_stale = False
-        job.writes.append((self.path(image.id, "durable"), table_length(image.size), parts))
+        job.writes.append((self.path(image.id, "durable"), image.doubtful, table_length(image.size), parts))
         if not image.synced_name:
             job.table_names = self.directory
             image.synced_name = True
 
+        doubtful = image.doubtful
+        if doubtful:
+            image.doubtful = False
+            self.doubtful.discard(image.id)
+
         def undo() -> None:
+            if doubtful:
+                image.doubtful = True
+                self.doubtful.add(image.id)
             image.header_stale = True
             image.synced_name = False
             table.stale[: len(stale)] |= stale
@@ -557,7 +574,7 @@ class Images:
 
     def _collect_frozen(self, job: SyncJob, image: Image) -> None:
         if not image.synced_name:
-            job.writes.append((image.path, table_length(image.size), []))
+            job.writes.append((image.path, False, table_length(image.size), []))
             job.table_names = self.directory
             image.synced_name = True
             job.undo.append(lambda: setattr(image, "synced_name", False))

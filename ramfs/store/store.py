@@ -12,6 +12,7 @@ import ctypes
 import os
 import time
 import uuid
+from collections.abc import Container, Iterable
 from typing import Final
 
 import numpy as np
@@ -33,6 +34,7 @@ from ramfs.store.images import (
 )
 from ramfs.store.layers import Layers
 from ramfs.store.lock import StoreLock
+from ramfs.store.outcomes import Outcomes
 from ramfs.store.reserve import Reserve
 from ramfs.units import ZERO, LayerId, pages
 
@@ -49,11 +51,17 @@ def boot_id() -> str:
 class Store:
     """An open store. Used from one thread, but for jobs that say otherwise."""
 
-    def __init__(self, directory: str, *, create: bool = False, purpose: str = "ramfs") -> None:
-        """Open the store; make it if ``create`` and there is none. Raises StoreError and its kinds."""
+    def __init__(
+        self, directory: str, *, create: bool = False, purpose: str = "ramfs", lock: int | None = None
+    ) -> None:
+        """Open the store; make it if ``create`` and there is none. Raises StoreError and its kinds.
+
+        With ``lock``, the descriptor of a daemon that was killed or gave up, go on where that one ended: without
+        a sync, for guests wait. :meth:`Pager.settle` makes up for it.
+        """
         self.directory = os.path.abspath(directory)
         self._prepare(create)
-        self.lock = StoreLock(self.directory, purpose)
+        self.lock = StoreLock(self.directory, purpose, lock)
         self.reserve = Reserve(self.directory)
         self.reserve.make_room()
         try:
@@ -67,8 +75,12 @@ class Store:
         try:
             self.layers = Layers(os.path.join(self.directory, "layers"), self.catalog)
             self.images = Images(os.path.join(self.directory, "tables"), self.catalog, self.layers)
+            self.outcomes = Outcomes(self.catalog)
             self.catalog.make_room = self.reserve.make_room
-            self._recover(fresh)
+            if lock is None:
+                self._recover(fresh)
+            else:
+                self._go_on()
         except BaseException:
             self.catalog.close()
             self.lock.release()
@@ -90,7 +102,7 @@ class Store:
             return
         if any(part in names and os.listdir(os.path.join(self.directory, part)) for part in _PARTS):
             raise StoreDamaged(f"store {self.directory} has lost its catalog.sqlite; restore it from a copy")
-        ours = {"lock", "lost+found", "reserve", *_PARTS}
+        ours = {"lock", "lost+found", "reserve", "supervisor", *_PARTS}
         if not create or not all(name in ours or name.startswith("catalog.sqlite") for name in names):
             raise StoreError(f"{self.directory} is not a ramfs store and not empty: give an empty or new directory")
 
@@ -106,8 +118,6 @@ class Store:
 
     def _recover(self, fresh: bool) -> None:
         catalog, now = self.catalog, boot_id()
-        if not fresh and catalog.meta("boot_id") == now:
-            self.layers.find_held()
         if fresh:
             with catalog.transaction():
                 catalog.set_meta("uuid", str(uuid.uuid4()))
@@ -125,8 +135,33 @@ class Store:
         with catalog.transaction():
             catalog.set_meta("boot_id", now)
             catalog.set_meta("clean", 0)
+            self.outcomes.forget_all()
         sync_directory(self.directory)
         catalog.sync()
+
+    def _go_on(self) -> None:
+        """Take over from a daemon of this boot: what it knew of things not synced yet is lost, so all may be so."""
+        if self.catalog.meta("clean") or self.catalog.meta("boot_id") != boot_id():
+            raise StoreError(
+                f"{self.directory} is not as a daemon left it that ended a moment ago: unmount, and mount again"
+            )
+        self._doom_unnamed()
+        rows = self.catalog.execute("SELECT id FROM images WHERE NOT frozen").fetchall()
+        self.images.doubtful = {row["id"] for row in rows}
+        files = {layer.id for layer in self.layers.by_id.values() if not layer.is_alias}
+        self.images.unsynced |= files
+        self.layers.unsynced_names |= files
+        self.outcomes.take_over()
+
+    def _doom_unnamed(self) -> None:
+        """Delete images that no inode has; look at all layers for garbage."""
+        with self.catalog.transaction():
+            doomed = self.catalog.execute(
+                "SELECT id FROM images WHERE id NOT IN (SELECT image FROM inodes WHERE image IS NOT NULL)"
+            ).fetchall()
+            for row in doomed:
+                self.images.delete(row["id"])
+            self.images.replaced |= set(self.layers.by_id)
 
     def _sync_files(self) -> None:
         """Flush the page cache of the store's file system, the ``.map`` of every image in it."""
@@ -137,6 +172,24 @@ class Store:
                 raise StoreError(f"store {self.directory} cannot be synced: {os.strerror(code)}")
         finally:
             os.close(fd)
+
+    def list_files(self) -> list[tuple[str, str]]:
+        """The files of layers and tables (any thread), for :meth:`remove_strays`."""
+        directories = (self.images.directory, self.layers.directory)
+        return [(directory, name) for directory in directories for name in os.listdir(directory)]
+
+    def remove_strays(self, files: Iterable[tuple[str, str]]) -> None:
+        """Remove those of ``files`` that belong to nothing. Sync the catalog between the listing and this."""
+        known: dict[str, Container[int]] = {
+            self.images.directory: {row["id"] for row in self.catalog.execute("SELECT id FROM images")}
+            | self.images.doomed,
+            self.layers.directory: self.layers.by_id,
+        }
+        for directory, name in files:
+            stem, _, suffix = name.partition(".")
+            if suffix.endswith("new") or (_is_hex(stem) and int(stem, 16) not in known[directory]):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(directory, name))
 
     def _replace_tables(self, source: str, target: str) -> None:
         """Let every writable image's ``target`` table file be a copy of its ``source``."""
@@ -216,23 +269,10 @@ class Store:
 
     def _sweep(self) -> None:
         """Remove what a killed operation left behind: images that no inode names, files without a row."""
-        with self.catalog.transaction():
-            doomed = self.catalog.execute(
-                "SELECT id FROM images WHERE id NOT IN (SELECT image FROM inodes WHERE image IS NOT NULL)"
-            ).fetchall()
-            for row in doomed:
-                self.images.delete(row["id"])
-            self.images.replaced |= set(self.layers.by_id)
+        self._doom_unnamed()
         self.catalog.sync()
-        known_images = {row["id"] for row in self.catalog.execute("SELECT id FROM images")}
-        for directory, known in (
-            (self.images.directory, known_images),
-            (self.layers.directory, set(self.layers.by_id)),
-        ):
-            for name in os.listdir(directory):
-                stem, _, suffix = name.partition(".")
-                if suffix.endswith("new") or (_is_hex(stem) and int(stem, 16) not in known):
-                    os.unlink(os.path.join(directory, name))
+        self.remove_strays(self.list_files())
+        for directory in (self.images.directory, self.layers.directory):
             sync_directory(directory)  # or a number that is given again finds an old file
         for layer in list(self.layers.by_id.values()):
             # A live layer of which only the row reached the disk: no durable table can name its pages.
@@ -256,8 +296,7 @@ class Store:
             self._sync_files()  # from now on .map counts, which no sync before has written
             with self.catalog.transaction():
                 self.catalog.set_meta("clean", 1)
-                garbage = self.images.replaced or self.images.doomed or self.layers.held
-                self.catalog.set_meta("garbage", int(bool(garbage)))
+                self.catalog.set_meta("garbage", int(bool(self.images.replaced or self.images.doomed)))
             self.catalog.sync()
         finally:
             self.abandon()

@@ -27,7 +27,8 @@ def main(*arguments: str) -> str:
 
 def test_pyfuse3_that_came_first_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mnt").mkdir()
-    said = run("import pyfuse3;" + main("mount", "-f", str(tmp_path / "store"), str(tmp_path / "mnt")))
+    daemon = main("mount", "--link", "99", str(tmp_path / "store"), str(tmp_path / "mnt"))
+    said = run("import pyfuse3;" + daemon)
     assert said.count("\n") == 1
     assert "pyfuse3 was imported before ramfs could complete it" in said
 
@@ -54,6 +55,16 @@ def test_limits_reach_the_kernel(mounted: Mount) -> None:
     auto_inval_data, splice_read, explicit_inval_data = 1 << 12, 1 << 9, 1 << 25
     assert not settled["want"] & (auto_inval_data | splice_read)
     assert settled["want"] & explicit_inval_data or not settled["capable"] & explicit_inval_data
+
+
+def test_reads_and_writes_are_answered_at_once(mounted: Mount) -> None:
+    def answered() -> int:
+        status = json.loads((mounted.path / ".ramfs/status.json").read_bytes())
+        return int(status["connection"]["answered"])
+
+    before = answered()
+    (mounted.path / "f").write_bytes(b"x" * 4096)
+    assert answered() >= before + 2  # the WRITE, and the READ of the status
 
 
 def test_a_write_is_one_request(mounted: Mount, tmp_path: Path) -> None:

@@ -1,0 +1,567 @@
+"""The process that keeps a mount alive: it holds what must outlive a daemon, starts daemons, and does nothing else.
+
+Run as a script, by an interpreter without site-packages, so it imports nothing but the standard library and stays
+small. Its one argument is a JSON object, see Settings. What it holds are descriptors that a daemon gave it: the
+connection to the kernel, the ledger, the lock of the store. As long as somebody has the first, faults in the mount's
+memory wait instead of failing. So when a daemon dies another one gets all three and goes on.
+
+Between it and a daemon goes a socket for packets, each a JSON object, some with descriptors:
+
+    daemon says   {"warm": VERSION}      everything is imported; told by one that stands by
+                  {"keep": NAME}         with a descriptor
+                  {"ready": VERSION}     it serves
+                  {"done": true}         it has unmounted, and closes the store now
+    it is told    {"go": FACTS}          with the descriptors named in FACTS["kept"]: serve
+                  {"yield": true}        end at once, leave all as it is: another one is ready
+                  {"stop": true}         flush, unmount, close the store
+
+Commands come over STORE/supervisor: one line of JSON each, answered by lines of JSON (client.py).
+"""
+
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, Final, NamedTuple
+
+#: What to run.
+SCRIPT: Final = __file__
+#: Exit status of a daemon that yielded.
+YIELDED: Final = 75
+#: After the CRASHES-th death within WINDOW seconds no further daemon is started.
+CRASHES, WINDOW = 8, 10.0
+#: Deaths within WINDOW after which the next daemon still starts at once; then it waits, longer each time.
+PATIENT, FIRST_WAIT = 3, 0.1
+#: Seconds that a daemon serves before another is started to stand by, and between attempts when that fails.
+STANDBY_AFTER, STANDBY_AGAIN = 3.0, 60.0
+#: Seconds that a new daemon may take to import everything, and a yielding one to end.
+WARM_TIMEOUT, YIELD_TIMEOUT = 60.0, 3.0
+#: Seconds that a killed daemon may take to be gone.
+ABORT_TIMEOUT: Final = 5
+#: The name of the command socket in the store.
+SOCKET: Final = "supervisor"
+#: Stands in a daemon's command for the descriptor of its end of the socket.
+LINK: Final = "{link}"
+#: In what order descriptors are told and sent.
+KEPT: Final = ("fuse", "ledger", "lock")
+MAX_MESSAGE: Final = 1 << 16
+
+
+class Settings(NamedTuple):
+    """What a mount is kept alive with.
+
+    command      how a daemon is started, with LINK for the number of its end of the socket
+    store        the directory of the store
+    mountpoint   for messages
+    unmount      how to unmount when no daemon is there to do so
+    ready        a descriptor to tell that the mount is ready, or -1
+    log          a file for what there is to say when there is no terminal, or ""
+    """
+
+    command: list[str]
+    store: str
+    mountpoint: str
+    unmount: list[str]
+    ready: int
+    log: str
+
+
+class Child:
+    """A daemon: standing by, serving, or on its way out."""
+
+    def __init__(self, command: list[str]) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            theirs.set_inheritable(True)
+            hidden = ("NOTIFY_SOCKET", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+            environment = {name: value for name, value in os.environ.items() if name not in hidden}
+            argv = [str(theirs.fileno()) if word == LINK else word for word in command]
+            self.pid = os.posix_spawn(argv[0], argv, environment, setsid=True)
+        self.socket = ours
+        self.socket.setblocking(False)
+        self.exit = os.pidfd_open(self.pid)
+        self.command = command
+        self.version = ""
+        self.warm = self.ready = self.done = False
+        self.since = time.monotonic()
+
+    def tell(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
+        """Send a message, with descriptors."""
+        with suppress(OSError):  # it is dying, which is told by its exit
+            socket.send_fds(self.socket, [json.dumps(message).encode()], fds)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.exit, signal.SIGKILL)
+
+    def reap(self) -> int:
+        """Its exit status, as waitpid(2) has it."""
+        _, status = os.waitpid(self.pid, 0)
+        os.close(self.exit)
+        self.socket.close()
+        return os.waitstatus_to_exitcode(status)
+
+
+class Supervisor:
+    """One mount, and the daemons that serve it one after the other."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.command = settings.command
+        self.ready = settings.ready
+        self.poll = select.poll()
+        self.handlers: dict[int, Callable[[int], object]] = {}
+        self.kept: dict[str, int] = {}
+        self.serving: Child | None = None
+        self.standby: Child | None = None
+        self.successor: Child | None = None  # while an upgrade waits for it
+        self.crashes: list[float] = []
+        self.deaths = self.starts = 0
+        self.why = ""
+        self.halted = self.stopping = False
+        self.start_at: float | None = None
+        self.standby_at: float | None = None
+        self.deadline: float | None = None  # of a successor to be warm, or of the serving one to yield
+        self.listener: socket.socket | None = None
+        self.clients: dict[int, socket.socket] = {}
+        self.waiting: list[socket.socket] = []  # those that wait for an upgrade
+        self.status: int | None = None
+
+    # -- life
+
+    def run(self) -> int:
+        """Keep the mount alive until it is taken down; returns the exit status."""
+        if self.ready >= 0:
+            os.set_inheritable(self.ready, False)
+        reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(writer)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: None)
+        self.watch(reader, lambda _: self.signalled(os.read(reader, 64)))
+        self.adopt()
+        if self.kept:
+            self.why = "the supervisor before this one is gone"
+        self.start()
+        while self.status is None:
+            for fd, event in self.poll.poll(self.until()):
+                if fd in self.handlers:
+                    self.handlers[fd](event)
+            self.tick()
+        self.close()
+        return self.status
+
+    def watch(self, fd: int, handler: Callable[[int], object], events: int = select.POLLIN) -> None:
+        """Call ``handler`` with the events of a descriptor."""
+        self.handlers[fd] = handler
+        self.poll.register(fd, events)
+
+    def unwatch(self, fd: int) -> None:
+        """Call nobody any more."""
+        if self.handlers.pop(fd, None):
+            self.poll.unregister(fd)
+
+    def until(self) -> int | None:
+        """Milliseconds to the next thing that is due."""
+        times = [due for due in (self.start_at, self.standby_at, self.deadline) if due is not None]
+        return max(0, int((min(times) - time.monotonic()) * 1000) + 1) if times else None
+
+    def tick(self) -> None:
+        """Do what is due."""
+        now = time.monotonic()
+        if self.start_at is not None and now >= self.start_at:
+            self.start()
+        if self.standby_at is not None and now >= self.standby_at:
+            self.standby_at = None
+            if self.standby is None and self.successor is None and not self.stopping:
+                self.standby = self.spawn(self.command)
+        if self.deadline is not None and now >= self.deadline:
+            self.deadline = None
+            if self.successor is not None and not self.successor.warm:
+                self.successor.kill()
+            elif self.serving is not None:
+                self.serving.kill()  # it was told to yield
+
+    def close(self) -> None:
+        """Let go of everything."""
+        for child in (self.standby, self.successor):
+            if child is not None:
+                child.kill()
+                child.reap()
+        for name in list(self.kept):
+            self.drop(name)
+        for client in list(self.clients):
+            self.hang_up(client)
+        if self.listener is not None:
+            self.listener.close()
+            with suppress(OSError):
+                os.unlink(os.path.join(self.settings.store, SOCKET))
+
+    # -- daemons
+
+    def spawn(self, command: list[str]) -> Child:
+        """Start a daemon, which imports everything and then waits to be told more."""
+        child = Child(command)
+        self.watch(child.exit, lambda _: self.ended(child))
+        self.watch(child.socket.fileno(), lambda _: self.heard(child))
+        return child
+
+    def start(self) -> None:
+        """Let a daemon serve: the one that stands by, or a new one, which reads the message when it can."""
+        self.start_at = self.deadline = None
+        child = self.successor or self.standby or self.spawn(self.command)
+        if child is self.standby:
+            self.standby = None
+        self.successor = None
+        self.starts += 1
+        names = [name for name in KEPT if name in self.kept]
+        facts = {
+            "kept": names,
+            "starts": self.starts,
+            "crashes": self.deaths,
+            "why": self.why,
+            "pid": os.getpid(),
+            "managed": "NOTIFY_SOCKET" in os.environ,
+        }
+        self.serving = child
+        child.since = time.monotonic()
+        child.tell({"go": facts}, [self.kept[name] for name in names])
+        if "fuse" in self.kept:
+            self.unwatch(self.kept["fuse"])
+        if self.stopping:
+            child.tell({"stop": True})
+
+    def heard(self, child: Child) -> None:
+        """A daemon says something."""
+        try:
+            data, fds, _, _ = socket.recv_fds(child.socket, MAX_MESSAGE, 1, socket.MSG_CMSG_CLOEXEC)
+        except OSError:
+            data, fds = b"", []
+        if not data:
+            self.unwatch(child.socket.fileno())
+            return
+        message = json.loads(data)
+        if "keep" in message:
+            self.keep(message["keep"], fds[0])
+        elif "warm" in message:
+            child.warm, child.version = True, message["warm"]
+            if child is self.successor:
+                self.hand_over()
+        elif "ready" in message:
+            self.became_ready(child, message["ready"])
+        elif "done" in message:
+            child.done = True
+            self.drop("fuse")
+
+    def became_ready(self, child: Child, version: str) -> None:
+        """A daemon serves."""
+        child.ready, child.version = True, version
+        if self.ready >= 0:
+            os.write(self.ready, b"ready\n")
+            os.close(self.ready)
+            self.ready = -1
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, 1)
+            os.dup2(null, 2)
+            os.close(null)
+        if self.listener is None:
+            self.listen()
+        notify("READY=1\nSTATUS=Serving " + self.settings.mountpoint)
+        self.standby_at = time.monotonic() + STANDBY_AFTER
+        self.answer_waiting({"done": {"pid": child.pid, "version": version}})
+
+    def ended(self, child: Child) -> None:
+        """A daemon is gone."""
+        self.unwatch(child.exit)
+        while child.socket.fileno() in self.handlers:
+            self.heard(child)  # its last words
+        code = child.reap()
+        if child is self.standby:
+            self.standby = None
+            self.say(f"the daemon that stood by {how(code)}; will try again")
+            self.standby_at = time.monotonic() + STANDBY_AGAIN
+        elif child is self.successor:
+            self.successor = None
+            self.deadline = None
+            self.answer_waiting({"failed": f"the new daemon {how(code)}: the one before goes on serving"})
+            self.standby_at = time.monotonic() + STANDBY_AFTER
+        elif child is self.serving:
+            self.serving = None
+            self.deadline = None
+            self.lost(child, code)
+
+    def lost(self, child: Child, code: int) -> None:
+        """The daemon that served is gone: the end of the mount, or another one's turn."""
+        if child.done or code == 0 or "fuse" not in self.kept:
+            # An orderly end, or one that never mounted: its status tells.
+            self.status = code if code >= 0 else 128 - code
+            self.answer_waiting({"failed": "the mount is gone"})
+        elif code == YIELDED and self.successor is not None:
+            self.why = f"takes over from version {child.version}, which yielded"
+            self.start()
+        elif self.stopping:
+            self.end(0)
+        else:
+            self.crashed(child, code)
+
+    def crashed(self, child: Child, code: int) -> None:
+        """It died: start another, unless that keeps happening."""
+        now = time.monotonic()
+        self.deaths += 1
+        self.crashes = [when for when in self.crashes if now - when < WINDOW] + [now]
+        self.why = f"the daemon before this one (process {child.pid}) {how(code)}"
+        # In its absence nobody else would see that the mount is unmounted.
+        self.watch(self.kept["fuse"], self.unmounted, 0)
+        if len(self.crashes) >= CRASHES:
+            self.halted = True
+            where = self.settings.mountpoint
+            text = (
+                f"{len(self.crashes)} daemons died within {WINDOW:.0f} s, the last {how(code)}: started no other. "
+                f"Guests of {where} wait, the store is intact. Go on with `ramfs upgrade {where}`, "
+                f"or give them up with `ramfs umount --abort {where}`"
+            )
+            self.say(text)
+            notify("STATUS=" + text)
+            self.answer_waiting({"failed": text})
+            return
+        extra = len(self.crashes) - PATIENT
+        if extra <= 0:
+            self.start()
+        else:
+            self.start_at = now + FIRST_WAIT * 2 ** (extra - 1)
+
+    def unmounted(self, event: int) -> None:
+        """The kernel says so of the connection, while no daemon serves it."""
+        if event & (select.POLLERR | select.POLLHUP):
+            self.status = 0
+
+    # -- what is kept
+
+    def keep(self, name: str, fd: int) -> None:
+        """Hold a descriptor, here and at the service manager."""
+        self.drop(name)
+        self.kept[name] = fd
+        notify(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", fd)
+
+    def drop(self, name: str) -> None:
+        """Hold it no longer."""
+        fd = self.kept.pop(name, None)
+        if fd is not None:
+            notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
+            self.unwatch(fd)
+            os.close(fd)
+
+    def adopt(self) -> None:
+        """Take what a service manager kept of a supervisor that died (sd_listen_fds(3))."""
+        if os.environ.get("LISTEN_PID") != str(os.getpid()):
+            return
+        names = os.environ.get("LISTEN_FDNAMES", "").split(":")
+        found = {}
+        for number, name in enumerate(names, 3):
+            os.set_inheritable(number, False)
+            found[name] = number
+        alive = select.poll()
+        if all(name in found for name in KEPT):
+            alive.register(found["fuse"], 0)
+            if not alive.poll(0):
+                self.kept = {name: found[name] for name in KEPT}
+                return
+        for name, fd in found.items():  # of a mount that is gone
+            notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
+            os.close(fd)
+
+    # -- signals and commands
+
+    def signalled(self, numbers: bytes) -> None:
+        """Signals came."""
+        for number in numbers:
+            if number != signal.SIGHUP:
+                self.stop()
+
+    def stop(self) -> None:
+        """Take the mount down."""
+        self.stopping = True
+        notify("STOPPING=1")
+        if self.serving is not None:
+            self.serving.tell({"stop": True})
+        else:
+            self.end(0)
+
+    def end(self, status: int) -> None:
+        """End the mount where there is no daemon that could."""
+        self.drop("fuse")  # what waits for an answer fails now, the unmounting among it
+        argv = self.settings.unmount
+        pid = os.posix_spawnp(argv[0], argv, os.environ, setsid=True)
+        os.waitpid(pid, 0)
+        self.status = status
+
+    def listen(self) -> None:
+        """Take commands."""
+        path = os.path.join(self.settings.store, SOCKET)
+        directory = os.open(self.settings.store, os.O_PATH | os.O_DIRECTORY)
+        try:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+            self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            mask = os.umask(0o177)
+            try:
+                # By way of /proc: a socket's address has 108 bytes.
+                self.listener.bind(f"/proc/self/fd/{directory}/{SOCKET}")
+            finally:
+                os.umask(mask)
+        finally:
+            os.close(directory)
+        listener = self.listener
+        listener.listen(8)
+        self.watch(listener.fileno(), lambda _: self.accept(listener))
+
+    def accept(self, listener: socket.socket) -> None:
+        """Somebody has a command: the owner of the mount, or root."""
+        client, _ = listener.accept()
+        credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        _, user, _ = struct.unpack("iII", credentials)
+        if user not in (0, os.geteuid()):
+            client.close()
+            return
+        client.setblocking(False)
+        self.clients[client.fileno()] = client
+        self.watch(client.fileno(), lambda _: self.asked(client))
+
+    def asked(self, client: socket.socket) -> None:
+        """A command."""
+        try:
+            data = client.recv(MAX_MESSAGE)
+        except OSError:
+            data = b""
+        try:
+            request = json.loads(data)
+            command = {"status": self.tell_status, "upgrade": self.upgrade, "abort": self.abort}[request["do"]]
+        except (ValueError, KeyError, TypeError):
+            self.hang_up(client.fileno())
+            return
+        command(client, request)
+
+    def answer(self, client: socket.socket, message: dict[str, Any]) -> None:
+        """Send a line; who does not take it at once is hung up on."""
+        try:
+            client.sendall(json.dumps(message).encode() + b"\n")
+        except OSError:
+            self.hang_up(client.fileno())
+
+    def hang_up(self, fd: int) -> None:
+        """Be done with a client."""
+        client = self.clients.pop(fd, None)
+        if client is not None:
+            if client in self.waiting:
+                self.waiting.remove(client)
+            self.unwatch(fd)
+            client.close()
+
+    def answer_waiting(self, message: dict[str, Any]) -> None:
+        """Tell those that wait for an upgrade what came of it."""
+        for client in list(self.waiting):
+            self.answer(client, message)
+        self.waiting = []
+
+    def tell_status(self, client: socket.socket, _: dict[str, Any]) -> None:
+        """The state of things."""
+        state = "halted" if self.halted else "serving" if self.serving and self.serving.ready else "starting"
+        serving = self.serving
+        self.answer(
+            client,
+            {
+                "done": {
+                    "state": state,
+                    "pid": os.getpid(),
+                    "daemon": serving.pid if serving else None,
+                    "standby": self.standby.pid if self.standby else None,
+                    "starts": self.starts,
+                    "crashes": self.deaths,
+                    "why": self.why,
+                }
+            },
+        )
+
+    def upgrade(self, client: socket.socket, request: dict[str, Any]) -> None:
+        """Replace the daemon by one that the given command starts; where none serves, start that one."""
+        if self.stopping or self.successor is not None:
+            self.answer(client, {"failed": "the mount is being taken down, or upgraded already"})
+            return
+        self.waiting.append(client)
+        if self.standby is not None:
+            standby, self.standby = self.standby, None
+            self.unwatch(standby.exit)
+            self.unwatch(standby.socket.fileno())
+            standby.kill()
+            standby.reap()
+        self.command = [request["python"], *self.command[1:]]
+        try:
+            self.successor = self.spawn(self.command)
+        except OSError as exc:
+            self.answer_waiting({"failed": f"{request['python']} does not start: {exc.strerror}"})
+            return
+        self.deadline = time.monotonic() + WARM_TIMEOUT
+
+    def hand_over(self) -> None:
+        """The successor of an upgrade is there."""
+        self.deadline = None
+        if self.serving is None:
+            self.halted = False
+            self.crashes = []
+            self.start()
+        else:
+            self.serving.tell({"yield": True})
+            self.deadline = time.monotonic() + YIELD_TIMEOUT
+
+    def abort(self, client: socket.socket, _: dict[str, Any]) -> None:
+        """Fail everything that waits, and end."""
+        if self.serving is not None:
+            child, self.serving = self.serving, None
+            self.unwatch(child.exit)
+            self.unwatch(child.socket.fileno())
+            child.kill()
+            gone = select.poll()
+            gone.register(child.exit, select.POLLIN)
+            if gone.poll(ABORT_TIMEOUT * 1000):  # else it waits for a disk, say, and the kernel must cut the connection
+                child.reap()
+        self.end(1)
+        self.answer(client, {"done": {}})
+
+    # -- words
+
+    def say(self, text: str) -> None:
+        """Log a warning."""
+        line = f"ramfs: WARNING: {text}\n"
+        if self.settings.log and self.ready < 0:
+            with suppress(OSError), open(self.settings.log, "a") as file:
+                file.write(time.strftime("%F %T ") + line)
+                return
+        sys.stderr.write(line)
+        sys.stderr.flush()
+
+
+def how(code: int) -> str:
+    """How a process ended, in words."""
+    return f"exited with {code}" if code >= 0 else f"was ended by signal {-code}"
+
+
+def notify(message: str, fd: int | None = None) -> None:
+    """Tell systemd, if it started us with Type=notify (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    address = "\0" + address[1:] if address.startswith("@") else address
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, suppress(OSError):
+        sock.connect(address)
+        socket.send_fds(sock, [message.encode(errors="backslashreplace")], [] if fd is None else [fd])
+
+
+if __name__ == "__main__":
+    os.chdir("/")
+    sys.exit(Supervisor(Settings(**json.loads(sys.argv[1]))).run())
