@@ -75,6 +75,11 @@ class Inode:
         return len(self.target) if self.target is not None else 0
 
     @property
+    def is_written(self) -> bool:
+        """Can it have dirty pages: has somebody it open for writing, or still mapped after that?"""
+        return any(opener.writable for opener in self.opens.values())
+
+    @property
     def file(self) -> Image:
         """The image of a regular file. Raises EISDIR or EINVAL for others."""
         if self.image is None:
@@ -695,19 +700,22 @@ class Namespace:
                 elif child is not None and child.image is not None:
                     yield path + name, child
 
-    def path_of(self, directory: InodeNumber) -> bytes:
-        """The path of a directory from the root of the tree, without a leading slash."""
+    def path_of(self, ino: InodeNumber) -> bytes:
+        """The path of a directory, or one of a file, from the root of the tree, without a leading slash.
+
+        Raises ENOENT for what has no name any more.
+        """
         parts: list[bytes] = []
-        while directory != ROOT:
-            if directory & SNAP_BIT:
+        while ino != ROOT:
+            if ino & SNAP_BIT:
                 parts.append(SNAP)
-                directory = InodeNumber(directory & ~SNAP_BIT)
+                ino = InodeNumber(ino & ~SNAP_BIT)
                 continue
-            row = self.catalog.row("SELECT parent, name FROM names WHERE ino = ?", directory)
+            row = self.catalog.row("SELECT parent, name FROM names WHERE ino = ?", ino)
             if row is None:
                 raise FileError(errno.ENOENT)
             parts.append(row["name"])
-            directory = row["parent"]
+            ino = row["parent"]
         return b"/".join(reversed(parts))
 
     def check_snapshot(self, snap: InodeNumber, name: bytes) -> Inode:

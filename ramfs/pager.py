@@ -10,7 +10,8 @@ the old entry or the new one, never an entry without its page.
 import contextlib
 import errno
 import itertools
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 import numpy as np
@@ -18,7 +19,7 @@ import trio
 
 from ramfs.errors import FileError
 from ramfs.image.pages import Buffer, is_zero, nonzero_pages, span
-from ramfs.image.table import Entries, Mask, equal_runs, runs_of
+from ramfs.image.table import Entries, equal_runs, runs_of
 from ramfs.store.garbage import Pass
 from ramfs.store.images import Image
 from ramfs.store.layers import Addresses, Layer
@@ -27,6 +28,8 @@ from ramfs.units import MAX_FILE_SIZE, PAGE, PAGE_SHIFT, ZERO, LayerId, pages
 
 #: The most that one request copies byte by byte (copy_file_range may answer with less than was asked).
 COPY_AT_ONCE: Final = 8 << 20
+#: Pages that become a hole in one go: 64 MiB, for which a tmpfs needs 15 ms.
+_ZERO_AT_ONCE: Final = 1 << 14
 
 #: Images that are synced at a time after a takeover: each is a table to read.
 _SETTLED_AT_ONCE: Final = 16
@@ -161,26 +164,27 @@ class Pager:
             file.write((first + a) << PAGE_SHIFT, view[a << PAGE_SHIFT : b << PAGE_SHIFT])
         emptied = ~kept & (old == live.id)
         self._name(image, first, stop, np.where(kept, np.uint32(live.id), np.uint32(0)))
-        self._punch(image, first, emptied)
+        for a, b in runs_of(emptied):
+            file.punch(first + a, first + b)
 
     def _zero_pages(self, image: Image, first: int, stop: int) -> None:
+        """Name pages zero. Those that the live layer had give back their space at once.
+
+        One call punches all of the range: after it no entry names the live layer there. A durable table may
+        still do so; it then reads zeros, which is what was written.
+        """
         old = image.table.entries[first:stop]
         if not old.any():
             return
-        emptied = old == (0 if image.live is None else image.live.id)
-        emptied &= old != 0
+        emptied = image.live is not None and bool((old == image.live.id).any())
         self._name(image, first, stop, np.uint32(0))
-        self._punch(image, first, emptied)
+        if emptied and image.live is not None:
+            self.layers.file(image.live).punch(first, stop)
 
-    def _punch(self, image: Image, first: int, which: Mask) -> None:
-        """Pages of the live layer were overwritten by zeros: their space is free at once.
-
-        (A durable table may still name them; it then reads zeros, which is what was written.)
-        """
-        if image.live is not None and which.any():
-            file = self.layers.file(image.live)
-            for a, b in runs_of(which):
-                file.punch(first + a, first + b)
+    def _zero_within(self, image: Image, start: int, stop: int) -> None:
+        """Write zeros to part of one page, if anything is stored there."""
+        if image.table.entries[start >> PAGE_SHIFT] != ZERO:
+            self._write_within(image, start, bytes(stop - start))
 
     def _name(self, image: Image, first: int, stop: int, entries: Entries | np.uint32 | LayerId) -> None:
         """Set table entries and store them; note the layers that they named before."""
@@ -238,8 +242,8 @@ class Pager:
 
     def _cut(self, image: Image, size: int) -> None:
         within = size & (PAGE - 1)
-        if within and image.table.entries[size >> PAGE_SHIFT] != ZERO:
-            self._write_within(image, size, bytes(PAGE - within))
+        if within:
+            self._zero_within(image, size, size - within + PAGE)
         for first, stop in image.table.regions(first=pages(size), stop=image.pages):
             lost = set(np.unique(image.table.entries[first:stop]).tolist())
             lost.discard(ZERO)
@@ -247,6 +251,66 @@ class Pager:
                 self.images.replaced |= lost  # also the live layer: a durable table may name its pages
                 image.table.fill(first, stop, ZERO)
                 image.store_entries(first, stop)
+
+    # -- holes
+
+    def zero(self, image: Image, offset: int, length: int, *, keep_size: bool) -> Iterator[None]:
+        """Let a range read as zeros, and give its space back; without ``keep_size`` the file may grow.
+
+        Of pages that the range covers in part the bytes are overwritten: from these alone can ENOSPC come, and
+        they are the first. The others go in parts of some milliseconds each, between which it yields.
+        """
+        end = offset + length
+        self._check_writable(image, end)
+        if offset < image.size:
+            # What lies behind the end in its last page is never shown: the page goes as a whole.
+            whole = image.pages << PAGE_SHIFT if end >= image.size else end
+            head, first, stop, tail = span(offset, whole - offset)
+            for start, until in (head, tail):
+                if start < until:
+                    self._zero_within(image, start, until)
+            begun = False
+            for low, high in image.table.regions(first=first, stop=stop):
+                for a in range(low, high, _ZERO_AT_ONCE):
+                    if begun:
+                        yield
+                    begun = True
+                    self._zero_pages(image, a, min(a + _ZERO_AT_ONCE, high))
+        self._grown(image, end, keep_size)
+
+    def allocate(self, image: Image, offset: int, length: int, *, keep_size: bool) -> None:
+        """Tell by ENOSPC if the store has no room for the pages of a range that are not stored yet.
+
+        Memory stays sparse: nothing is reserved, so somebody else may take the room before it is written to.
+        Without ``keep_size`` the file may grow.
+        """
+        end = offset + length
+        self._check_writable(image, end)
+        first, stop = offset >> PAGE_SHIFT, pages(end)
+        space = self.store.statvfs()
+        lacking = (stop - first - image.table.resident(first, stop)) << PAGE_SHIFT
+        if space.f_blocks and lacking > space.f_bavail * space.f_frsize:  # a tmpfs without a limit has no blocks
+            raise FileError(errno.ENOSPC)
+        self._grown(image, end, keep_size)
+
+    def _grown(self, image: Image, end: int, keep_size: bool) -> None:
+        if end > image.size and not keep_size:
+            self.truncate(image, end)
+        else:
+            image.touch()
+
+    def seek(self, image: Image, offset: int, whence: int) -> tuple[int, int]:
+        """SEEK_DATA or SEEK_HOLE: the next byte from ``offset`` on that is stored, or is not; else the size.
+
+        Also how far the table was looked at: whoever changes something from there on does not change the
+        answer. Raises ENXIO at the end of the file.
+        """
+        size, table = image.size, image.table
+        if not 0 <= offset < size:
+            raise FileError(errno.ENXIO)
+        at = table.find(offset >> PAGE_SHIFT, image.pages, stored=whence == os.SEEK_DATA)
+        end = at + 1 if whence == os.SEEK_DATA else table.find(at, image.pages, stored=True)
+        return min(max(at << PAGE_SHIFT, offset), size), min(end << PAGE_SHIFT, size)
 
     # -- sharing
 

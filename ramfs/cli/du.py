@@ -14,6 +14,7 @@ import click
 from ramfs.cli._mounts import locate
 from ramfs.cli._text import human, printable, write_line
 from ramfs.errors import FileError
+from ramfs.fuse.flush_helper import write_back_range
 from ramfs.units import PAGE
 
 STATES: Final = ("owned", "shared", "zero", "absent")
@@ -21,10 +22,14 @@ STATES: Final = ("owned", "shared", "zero", "absent")
 
 def page_counts(path: str) -> dict[str, int]:
     """The pages of a file by state, from the attribute ``user.ramfs.pages``."""
-    # The kernel hands over what a guest stored into mapped pages when any descriptor is closed. Who may not
-    # open the file gets counts that are up to half a minute old.
-    with contextlib.suppress(PermissionError):
-        os.close(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC))
+    # The kernel hands over what a guest stored into mapped pages when it is told to. Who may not open the file
+    # gets counts that are up to half a minute old; what is no regular file has none.
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            write_back_range(fd)
+        finally:
+            os.close(fd)
     counts: dict[str, int] = json.loads(os.getxattr(path, "user.ramfs.pages", follow_symlinks=False))
     return counts
 

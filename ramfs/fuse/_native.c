@@ -32,8 +32,9 @@
 #include <unistd.h>
 
 enum { PAGE = 4096 };
-enum { ON_READ, ON_MAP, ON_WRITE, ON_COPY, ON_IOCTL, ON_RAW, HANDLERS };
-static const char *const handler_names[HANDLERS] = {"read", "map_layer", "write", "copy_file_range", "ioctl", "raw"};
+enum { ON_READ, ON_MAP, ON_WRITE, ON_COPY, ON_IOCTL, ON_RAW, ON_FALLOCATE, ON_LSEEK, HANDLERS };
+static const char *const handler_names[HANDLERS] = {"read",  "map_layer", "write",     "copy_file_range",
+                                                    "ioctl", "raw",       "fallocate", "lseek"};
 static PyObject *handlers[HANDLERS];
 
 static unsigned max_background = 64, max_readahead = 1 << 20, max_write = 1 << 20;
@@ -232,6 +233,70 @@ static void on_ioctl(fuse_req_t req, fuse_ino_t ino, unsigned cmd, void *arg, st
     Py_XDECREF(answer);
 }
 
+/* Requests that may be answered later. The handler gets a token, a capsule of this name whose context is the
+ * operation; it answers by an int, or returns None and gives token and answer to reply(). */
+static const char waiting[] = "request", done_with[] = "answered request";
+
+static void reply_to(PyObject *token, long long value)
+{
+    fuse_req_t req = PyCapsule_GetPointer(token, waiting);
+    PyCapsule_SetName(token, done_with);
+    if (value < 0 || (intptr_t)PyCapsule_GetContext(token) != ON_LSEEK)
+        fuse_reply_err(req, (int)-value);
+    else
+        fuse_reply_lseek(req, value);
+}
+
+/* Nobody can answer it any more: the kernel must not wait for ever. */
+static void forget_request(PyObject *token)
+{
+    if (PyCapsule_IsValid(token, waiting))
+        fuse_reply_err(PyCapsule_GetPointer(token, waiting), EIO);
+}
+
+static PyObject *new_token(fuse_req_t req, int which)
+{
+    PyObject *token = PyCapsule_New(req, waiting, forget_request);
+    if (token == NULL) {
+        PyErr_Clear();
+        fuse_reply_err(req, ENOMEM);
+        return NULL;
+    }
+    PyCapsule_SetContext(token, (void *)(intptr_t)which);
+    return token;
+}
+
+static void answer_unless_later(PyObject *token, int which, PyObject *answer)
+{
+    if (answer == NULL || (answer != Py_None && !PyLong_Check(answer)))
+        reply_to(token, -broken(which, answer));
+    else if (answer != Py_None)
+        reply_to(token, PyLong_AsLongLong(answer));
+    Py_XDECREF(answer);
+    Py_DECREF(token);
+}
+
+static void on_fallocate(fuse_req_t req, fuse_ino_t ino, int mode, off_t offset, off_t length,
+                         struct fuse_file_info *fi)
+{
+    PyObject *token = new_token(req, ON_FALLOCATE);
+    (void)ino;
+    if (token != NULL)
+        answer_unless_later(token, ON_FALLOCATE,
+                            PyObject_CallFunction(handlers[ON_FALLOCATE], "KiLLIO", (unsigned long long)fi->fh, mode,
+                                                  (long long)offset, (long long)length, fuse_req_ctx(req)->uid, token));
+}
+
+static void on_lseek(fuse_req_t req, fuse_ino_t ino, off_t offset, int whence, struct fuse_file_info *fi)
+{
+    PyObject *token = new_token(req, ON_LSEEK);
+    (void)ino;
+    if (token != NULL)
+        answer_unless_later(token, ON_LSEEK,
+                            PyObject_CallFunction(handlers[ON_LSEEK], "KLiO", (unsigned long long)fi->fh,
+                                                  (long long)offset, whence, token));
+}
+
 static void on_init(void *userdata, struct fuse_conn_info *conn)
 {
     theirs.init(userdata, conn);
@@ -280,6 +345,10 @@ fuse_session_new(struct fuse_args *args, const struct fuse_lowlevel_ops *op, siz
         ops.copy_file_range = on_copy_file_range;
     if (handlers[ON_IOCTL])
         ops.ioctl = on_ioctl;
+    if (handlers[ON_FALLOCATE])
+        ops.fallocate = on_fallocate;
+    if (handlers[ON_LSEEK])
+        ops.lseek = on_lseek;
     session = real_session_new(args, &ops, sizeof ops, userdata);
     return session;
 }
@@ -410,6 +479,19 @@ static PyObject *py_mark_open(PyObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *py_reply(PyObject *self, PyObject *args)
+{
+    PyObject *token;
+    long long value;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "OL", &token, &value))
+        return NULL;
+    if (PyCapsule_GetPointer(token, waiting) == NULL)
+        return NULL;
+    reply_to(token, value);
+    Py_RETURN_NONE;
+}
+
 static PyObject *py_unique(PyObject *self, PyObject *none)
 {
     (void)self;
@@ -419,12 +501,13 @@ static PyObject *py_unique(PyObject *self, PyObject *none)
 
 static PyObject *py_install(PyObject *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"read", "map_layer", "write", "copy_file_range", "ioctl", "raw", "max_background", "max_readahead",
-                            "max_write", "spin_ns", NULL};
+    static char *names[] = {"read", "map_layer", "write", "copy_file_range", "ioctl", "raw", "fallocate", "lseek",
+                            "max_background", "max_readahead", "max_write", "spin_ns", NULL};
     PyObject *given[HANDLERS] = {NULL};
     (void)self;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$OOOOOO!IIIl", names, &given[ON_READ], &given[ON_MAP],
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$OOOOOO!OOIIIl", names, &given[ON_READ], &given[ON_MAP],
                                      &given[ON_WRITE], &given[ON_COPY], &given[ON_IOCTL], &PyDict_Type, &given[ON_RAW],
+                                     &given[ON_FALLOCATE], &given[ON_LSEEK],
                                      &max_background, &max_readahead, &max_write, &spin_ns))
         return NULL;
     for (int i = 0; i < HANDLERS; i++) {
@@ -544,6 +627,7 @@ static PyMethodDef methods[] = {
      "Set the handlers and the limits that fuse_session_new and INIT will use."},
     {"mark_open", py_mark_open, METH_VARARGS,
      "The reply that gives the kernel handle fh next bears these FOPEN_ flags too, and a backing id (0: none)."},
+    {"reply", py_reply, METH_VARARGS, "Answer the request of a token, whose handler returned None, by its result or -errno."},
     {"unique", py_unique, METH_NOARGS, "The number of the request under way: ask at a handler's start."},
     {"xattr_flags", py_xattr_flags, METH_NOARGS, "XATTR_CREATE or XATTR_REPLACE of a SETXATTR: ask at its handler's start."},
     {"init_request", py_init_request, METH_NOARGS, "The kernel's INIT request, empty before it came."},

@@ -2,13 +2,15 @@
 
 The kernel hands dirty mapped pages over when it likes to, up to half a minute late. A snapshot must have them,
 so before it freezes anything it syncs the files that somebody has open for writing. The loop serves the
-writes meanwhile. No thread of the daemon touches the mount: flush_helper.py tells why.
+writes meanwhile. An LSEEK has the part of a file written back that its answer depends on. No thread of the
+daemon touches the mount: flush_helper.py tells why.
 """
 
 import contextlib
 import errno
 import marshal
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -23,6 +25,9 @@ from ramfs.units import ROOT
 
 #: Processes at most that sync at a time; each syncs one file after the other.
 _MOST: Final = 8
+#: The first Linux whose sync_file_range(2) waits for the answers to the WRITEs that it makes. Those before copy
+#: dirty pages and call them clean at once.
+_WAITS_SINCE: Final = (6, 16)
 
 
 class _Helper:
@@ -65,6 +70,9 @@ class Flusher:
         self.device = -1
         # Threads of its own: they wait for FSYNC requests, which need one of the others.
         self._threads = trio.CapacityLimiter(_MOST)
+        # ... and these for no lock that somebody holds while he waits for them.
+        self._writing_back = trio.CapacityLimiter(_MOST)
+        self.can_write_back = _kernel() >= _WAITS_SINCE
         # The first starts up while the mount is made.
         self._idle = [_Helper()]
 
@@ -88,10 +96,22 @@ class Flusher:
         (synced,) = await self._ask((self.device, list(paths)))
         return {ino for ino in synced if ino is not None}
 
-    async def _ask(self, job: Any) -> Any:
+    async def write_back(self, ino: int, path: bytes, offset: int, length: int) -> bool:
+        """Take over the dirty pages of a range while somebody holds the file's lock in the kernel.
+
+        False if the file is not at ``path`` any more. Raises MountError or OSError. Give it up after a while:
+        opening the path can need the lock of a directory, and who has that may wait for the file's.
+        """
+        if self.device < 0:
+            await self.look()
+        job = (self.device, ino, path, offset, length)
+        (same,) = await self._ask(job, self._writing_back)
+        return bool(same)
+
+    async def _ask(self, job: Any, limiter: trio.CapacityLimiter | None = None) -> Any:
         # Given up when the session ends: then nobody answers the helper any more until the mount is gone.
         answer = await trio.to_thread.run_sync(
-            self._ask_helper, (self.mountpoint, job), limiter=self._threads, abandon_on_cancel=True
+            self._ask_helper, (self.mountpoint, job), limiter=limiter or self._threads, abandon_on_cancel=True
         )
         if len(answer) == 1:
             return answer
@@ -104,17 +124,20 @@ class Flusher:
         raise OSError(code, os.strerror(code), os.fsdecode(what))
 
     def _ask_helper(self, request: Any) -> Any:
-        try:
-            helper = self._idle.pop()
-        except IndexError:
-            helper = _Helper()
-        try:
-            answer = helper.ask(request)
-        except (EOFError, OSError) as exc:
-            helper.close()
-            raise OSError(errno.EIO, "the process that syncs files of the mount has ended") from exc
-        self._idle.append(helper)
-        return answer
+        while True:
+            try:
+                helper, fresh = self._idle.pop(), False
+            except IndexError:
+                helper, fresh = _Helper(), True
+            try:
+                answer = helper.ask(request)
+            except (EOFError, OSError) as exc:
+                helper.close()
+                if fresh:
+                    raise OSError(errno.EIO, "the process that syncs files of the mount has ended") from exc
+            else:
+                self._idle.append(helper)
+                return answer
 
     def close(self) -> None:
         """Let the processes that have nothing to do end."""
@@ -122,3 +145,8 @@ class Flusher:
             helper = self._idle.pop()
             helper.close()
             helper.process.wait()
+
+
+def _kernel() -> tuple[int, ...]:
+    """Version and patch level of Linux."""
+    return tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])

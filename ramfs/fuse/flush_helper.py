@@ -8,10 +8,13 @@ Requests and answers are objects of `marshal`, which both sides have in the same
 
     (mountpoint, None)              ((st_dev, st_ino) of what is at the mountpoint,)
     (mountpoint, (st_dev, paths))   ([st_ino of each file that was synced],), with None for one that is gone
+    (mountpoint, (st_dev, st_ino, path, offset, length))
+                                    (whether the file at the path is still that one,)
                                     or (errno, what failed)
 """
 
 import contextlib
+import ctypes
 import errno
 import marshal
 import os
@@ -23,6 +26,14 @@ from typing import Any, Final
 SCRIPT: Final = __file__
 COVERED: Final = -1
 """the errno of an answer which tells that something is mounted over the mount"""
+#: Of sync_file_range(2): wait for writeback under way, write all that is dirty, wait for that.
+_WRITE_AND_WAIT: Final = 1 | 2 | 4
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+
+
+def _open(mountpoint: bytes, path: bytes) -> int:
+    return os.open(os.path.join(mountpoint, path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
 
 
 def sync_files(mountpoint: bytes, device: int, paths: Sequence[bytes]) -> tuple[Any, ...]:
@@ -30,7 +41,7 @@ def sync_files(mountpoint: bytes, device: int, paths: Sequence[bytes]) -> tuple[
     synced: list[int | None] = []
     for path in paths:
         try:
-            fd = os.open(os.path.join(mountpoint, path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = _open(mountpoint, path)
         except FileNotFoundError:
             synced.append(None)
             continue
@@ -43,6 +54,41 @@ def sync_files(mountpoint: bytes, device: int, paths: Sequence[bytes]) -> tuple[
             os.close(fd)
         synced.append(status.st_ino)
     return (synced,)
+
+
+def write_back_range(fd: int, offset: int = 0, length: int = 0) -> None:
+    """Have the kernel write back what is dirty from ``offset`` on, without the file's lock. A length of 0: to the end.
+
+    Waits until the daemon has it, from Linux 6.16 on.
+    """
+    if _libc.sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(length), _WRITE_AND_WAIT):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def write_back(mountpoint: bytes, device: int, ino: int, path: bytes, offset: int, length: int) -> tuple[Any, ...]:
+    """Have what is dirty in a range of a file written back; the answer."""
+    try:
+        fd = _open(mountpoint, path)
+    except FileNotFoundError:
+        return (False,)
+    try:
+        status = os.fstat(fd)
+        if status.st_dev != device:
+            return (COVERED, path)
+        if status.st_ino != ino:
+            return (False,)
+        write_back_range(fd, offset, length)
+    finally:
+        os.close(fd)  # which flushes nothing, as it can only read: so it does not wait for the lock
+    return (True,)
+
+
+def answer_to(mountpoint: bytes, job: Any) -> tuple[Any, ...]:
+    """What a request asks for, done."""
+    if job is None:
+        return (look(mountpoint),)
+    return sync_files(mountpoint, *job) if len(job) == 2 else write_back(mountpoint, *job)
 
 
 def look(mountpoint: bytes) -> tuple[int, int]:
@@ -62,7 +108,7 @@ def main() -> None:
             except EOFError:
                 return
             try:
-                answer = (look(mountpoint),) if job is None else sync_files(mountpoint, *job)
+                answer = answer_to(mountpoint, job)
             except OSError as exc:
                 answer = (exc.errno or errno.EIO, exc.filename or mountpoint)
             with contextlib.suppress(BrokenPipeError):

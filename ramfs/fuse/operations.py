@@ -1,8 +1,8 @@
 """Requests of the kernel, translated for the namespace and the pager.
 
-READ, WRITE, COPY_FILE_RANGE, IOCTL and STATX come straight from the extension (`_native.c`) and are answered
-without an await; the others are pyfuse3's. docs/concurrency.md says which handlers await, and what may change
-meanwhile.
+READ, WRITE, COPY_FILE_RANGE, FALLOCATE, LSEEK, IOCTL and STATX come straight from the extension (`_native.c`) and
+are answered without an await, FALLOCATE and LSEEK at times by a task; the others are pyfuse3's.
+docs/concurrency.md says which handlers await, and what may change meanwhile.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from typing import Final
 
 import trio
 
-from ramfs.errors import FileError
+from ramfs.errors import FileError, RamfsError
 from ramfs.fuse import fileattr, statx, virtual
 from ramfs.fuse.answers import answered, errno_of, request_of
 from ramfs.fuse.extension import native, pyfuse3
@@ -30,6 +30,7 @@ from ramfs.ledger import OPENER, Held, Kind, Ledger, Record, inode_numbers
 from ramfs.namespace import CONTROL_XATTR, Caller, Inode, Namespace, Opener
 from ramfs.pager import Pager, Plan
 from ramfs.ramblock import temporary_name
+from ramfs.store.files import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
 from ramfs.store.images import Image
 from ramfs.store.outcomes import REQUEST
 from ramfs.units import MAX_NAME, PAGE, ROOT, HandleId, InodeNumber, LayerId
@@ -48,6 +49,8 @@ _GRACE: Final = 2.0
 _FOPEN_NOFLUSH: Final = 1 << 5
 #: What the kernel calls a file that has no name.
 NO_NAME: Final = b"/"
+#: How long an LSEEK waits for the dirty pages that its answer depends on, seconds.
+_SEEK_PATIENCE: Final = 5.0
 #: How often a flush looks for files that were renamed under it.
 _ATTEMPTS: Final = 10
 
@@ -224,6 +227,88 @@ class Operations(pyfuse3.Operations):
             return statx.reply(self._attributes(inode), inode.btime)
         except Exception as exc:
             return self._failed(exc, "statx", ino)
+
+    def fallocate_now(self, handle: int, mode: int, offset: int, length: int, uid: int, token: object) -> int | None:
+        """FALLOCATE: 0 or -errno, or None if ``token`` is answered later."""
+        try:
+            image = self._images.get(handle)
+            if image is None:
+                self._virtual(handle)
+                return -errno.EOPNOTSUPP
+            if mode not in (0, KEEP_SIZE, PUNCH_HOLE | KEEP_SIZE, ZERO_RANGE, ZERO_RANGE | KEEP_SIZE):
+                return -errno.EOPNOTSUPP
+            if uid:
+                self._drop_suid(handle)
+            keep_size = bool(mode & KEEP_SIZE)
+            if not mode & (PUNCH_HOLE | ZERO_RANGE):
+                self.pager.allocate(image, offset, length, keep_size=keep_size)
+                return 0
+            self.counters.punched_ranges += 1
+            self.counters.punched_bytes += length
+            parts = self.pager.zero(image, offset, length, keep_size=keep_size)
+            if next(parts, 0) is None:  # there is more to do
+                trio.lowlevel.spawn_system_task(self._zero_on, parts, token)
+                return None
+            return 0
+        except Exception as exc:
+            return self._failed(exc, "fallocate", handle, mode, offset, length)
+
+    async def _zero_on(self, parts: Iterator[None], token: object) -> None:
+        """Go on with a large FALLOCATE; other requests are answered in between."""
+        try:
+            for _ in parts:
+                await trio.lowlevel.checkpoint()
+            done = 0
+        except Exception as exc:
+            done = self._failed(exc, "fallocate")
+        native.reply(token, done)
+
+    def lseek_now(self, handle: int, offset: int, whence: int, token: object) -> int | None:
+        """LSEEK with SEEK_DATA or SEEK_HOLE: the offset or -errno, or None if ``token`` is answered later."""
+        try:
+            if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+                return -errno.EINVAL
+            file = self._files[handle]
+            if isinstance(file, VirtualHandle):
+                if not 0 <= offset < len(file.data):
+                    return -errno.ENXIO
+                return offset if whence == os.SEEK_DATA else len(file.data)
+            found, _ = self.pager.seek(file.image, offset, whence)
+            if not file.inode.is_written:
+                return _sought(found, file.image.size, whence)
+            trio.lowlevel.spawn_system_task(self._answer_seek, file, offset, whence, token)
+            return None
+        except Exception as exc:
+            return -errno_of(exc, "lseek", (handle, offset, whence))
+
+    async def _answer_seek(self, file: FileHandle, offset: int, whence: int, token: object) -> None:
+        try:
+            found = await self._seek(file, offset, whence)
+        except Exception as exc:
+            found = -errno_of(exc, "lseek", (file.id, offset, whence))
+        native.reply(token, found)
+
+    async def _seek(self, file: FileHandle, offset: int, whence: int) -> int:
+        """The answer to an LSEEK of a file that may have dirty pages.
+
+        These are written back as far as the answer depends on them. Where that does not succeed everything
+        counts as data, which is never wrong.
+        """
+        seek, clean = self.pager.seek, offset
+        with trio.move_on_after(_SEEK_PATIENCE if self.flusher.can_write_back else 0):
+            while True:
+                found, end = seek(file.image, offset, whence)
+                if found < clean or clean >= file.image.size:
+                    return _sought(found, file.image.size, whence)
+                try:
+                    path = self.namespace.path_of(file.inode.ino)
+                    if await self.flusher.write_back(file.inode.ino, path, offset, end - offset):
+                        clean = end
+                except (OSError, RamfsError) as exc:  # the file has no name any more, for instance
+                    log.debug("inode %d: nothing was written back for an lseek: %s", file.inode.ino, exc)
+                    break
+        seek(file.image, offset, whence)  # raises ENXIO: it may have become shorter
+        return offset if whence == os.SEEK_DATA else file.image.size
 
     def _drop_suid(self, handle: int) -> None:
         """A writer without the privilege: the file loses set-user-ID and set-group-ID."""
@@ -412,7 +497,7 @@ class Operations(pyfuse3.Operations):
         return {
             inode.ino: os.path.join(base, path)
             for path, inode in self.namespace.files_below(directory)
-            if any(opener.writable for opener in inode.opens.values())
+            if inode.is_written
         }
 
     @answered
@@ -694,6 +779,13 @@ class Operations(pyfuse3.Operations):
         """INIT; the extension has set the limits."""
         if not self._has_init:
             self.ledger.add(Kind.INIT, payload=native.init_request())
+
+
+def _sought(found: int, size: int, whence: int) -> int:
+    """The answer to an LSEEK: there is a hole at the end of the file, but no data. Raises ENXIO."""
+    if found >= size and whence == os.SEEK_DATA:
+        raise FileError(errno.ENXIO)
+    return found
 
 
 def _lives(pid: int) -> bool:

@@ -59,6 +59,8 @@ class Session:
             ioctl=operations.ioctl_now,
             # With allow_root libfuse looks who asks, and what is answered past it would be answered to anybody.
             raw={} if "allow_root" in options else {statx.OPCODE: operations.statx_now},
+            fallocate=operations.fallocate_now,
+            lseek=operations.lseek_now,
             max_background=MAX_BACKGROUND,
             max_readahead=MAX_REQUEST,
             max_write=MAX_REQUEST,

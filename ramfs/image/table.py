@@ -24,6 +24,8 @@ CHUNK_SHIFT: Final = 10
 #: Pages for each chunk of a table.
 CHUNK: Final = 1 << CHUNK_SHIFT
 _NORESERVE: Final = 0x4000  # MAP_NORESERVE, which Python has from 3.12 on
+_SLICE: Final = 1 << 16
+"""Entries that a search looks at in one go: it needs no more memory than that, and stops early."""
 ENTRY: Final = 4
 """Bytes of a table entry (little-endian uint32)."""
 
@@ -122,6 +124,20 @@ class PageTable:
         """Number of pages that ``layer`` holds."""
         return sum(int(np.count_nonzero(self.entries[a:b] == layer)) for a, b in self.regions())
 
-    def resident(self) -> int:
-        """Number of pages that are stored in some layer."""
-        return sum(int(np.count_nonzero(self.entries[a:b])) for a, b in self.regions())
+    def resident(self, first: int = 0, stop: int | None = None) -> int:
+        """Number of pages within ``[first, stop)`` that are stored in some layer."""
+        return sum(int(np.count_nonzero(self.entries[a:b])) for a, b in self.regions(first=first, stop=stop))
+
+    def find(self, first: int, stop: int, *, stored: bool) -> int:
+        """The first page within ``[first, stop)`` that is stored in some layer, or that is not; else ``stop``."""
+        at = first
+        for low, high in self.regions(first=first, stop=stop):
+            if not stored and at < low:
+                return at
+            for a in range(low, high, _SLICE):
+                fit = (self.entries[a : min(a + _SLICE, high)] != ZERO) == stored
+                found = int(fit.argmax())
+                if fit[found]:
+                    return a + found
+            at = high
+        return stop if stored else at

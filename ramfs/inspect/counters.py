@@ -13,6 +13,8 @@ class Counters:
     written_bytes: int = 0
     shared_ranges: int = 0
     shared_bytes: int = 0
+    punched_ranges: int = 0
+    punched_bytes: int = 0
     snapshots: int = 0
     clones: int = 0
     syncs: int = 0

@@ -12,8 +12,10 @@ from ramfs.image.pages import Buffer
 from ramfs.image.table import Mask
 from ramfs.units import PAGE, PAGE_SHIFT
 
-_KEEP_SIZE: Final = 0x01
-_PUNCH_HOLE: Final = 0x02
+#: Modes of fallocate(2).
+KEEP_SIZE: Final = 0x01
+PUNCH_HOLE: Final = 0x02
+ZERO_RANGE: Final = 0x10
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _fallocate = _libc.fallocate
@@ -27,7 +29,7 @@ def punch_hole(fd: int, offset: int, length: int) -> bool:
     False where the file system of the store cannot do that: nobody names the range any more, so the only
     loss is its space.
     """
-    while _fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length):
+    while _fallocate(fd, PUNCH_HOLE | KEEP_SIZE, offset, length):
         code = ctypes.get_errno()
         if code == errno.EINTR:
             continue

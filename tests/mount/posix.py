@@ -30,8 +30,10 @@ AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
 AT_SYMLINK_NOFOLLOW = 0x100
 BTIME = 0x800  # STATX_BTIME
-FALLOC_FL_KEEP_SIZE = 1
-FALLOC_FL_PUNCH_HOLE = 2
+KEEP_SIZE = 0x01
+PUNCH_HOLE = 0x02
+ZERO_RANGE = 0x10
+PUNCH = PUNCH_HOLE | KEEP_SIZE
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -59,6 +61,29 @@ def renameat2(old: Name, new: Name, flags: int) -> None:
     if _libc.renameat2(AT_FDCWD, os.fsencode(old), AT_FDCWD, os.fsencode(new), flags):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2)."""
+    if _libc.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def extents(fd: int) -> list[tuple[int, int]]:
+    """The byte ranges of a file that are data, by SEEK_DATA and SEEK_HOLE."""
+    found, at, size = [], 0, os.fstat(fd).st_size
+    while at < size:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            break
+        at = os.lseek(fd, start, os.SEEK_HOLE)
+        assert start < at <= size
+        found.append((start, at))
+    return found
 
 
 def pattern(length: int, seed: int = 1) -> bytes:

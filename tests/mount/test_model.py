@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 from hypothesis.stateful import run_state_machine_as_test as run
-from mount.posix import PAGE, opened, pattern, read
+from mount.posix import KEEP_SIZE, PAGE, PUNCH, ZERO_RANGE, extents, fallocate, opened, pattern, read
 
 SECONDS = float(os.environ.get("RAMFS_MODEL_SECONDS", "40"))
 LARGEST = 40 * PAGE
@@ -112,6 +112,29 @@ class TreeMachine(RuleBasedStateMachine):
         model = self.contents[name]
         del model[size:]
         model.extend(bytes(size - len(model)))
+
+    @rule(name=files, mode=st.sampled_from((PUNCH, ZERO_RANGE, ZERO_RANGE | KEEP_SIZE)), offset=offsets, length=lengths)
+    def zero(self, name: str, mode: int, offset: int, length: int) -> None:
+        if name not in self.contents:
+            return
+        with opened(self.path(name)) as fd:
+            fallocate(fd, mode, offset, length)
+        model = self.contents[name]
+        if mode == ZERO_RANGE:
+            model.extend(bytes(max(0, offset + length - len(model))))
+        stop = min(offset + length, len(model))
+        model[offset:stop] = bytes(max(0, stop - offset))
+
+    @rule(name=files)
+    def holes_are_zeros(self, name: str) -> None:
+        """Also where a mapping has changed them, and the daemon was not told yet."""
+        if name not in self.contents:
+            return
+        model = bytearray(self.contents[name])
+        with opened(self.path(name), os.O_RDONLY) as fd:
+            for start, stop in extents(fd):
+                model[start:stop] = bytes(stop - start)
+        assert not any(model)
 
     @rule(source=files, onto=files, source_offset=offsets, target_offset=offsets, length=lengths)
     def copy_range(self, source: str, onto: str, source_offset: int, target_offset: int, length: int) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 from harness import Mount
+from mount.posix import PUNCH, fallocate
 from power.disk import SECTOR, RecordedDisk, Replay, mounted_image
 from storekit import Kit
 
@@ -31,6 +32,9 @@ from ramfs.errors import FileError
 from ramfs.store.repair import check_store
 from ramfs.units import PAGE
 
+#: What the workload does, and how often.
+WEIGHTS = {"write": 10, "zero": 3, "punch": 3, "partial": 4, "truncate": 2, "sync": 5, "snapshot": 3, "forget": 1}
+WEIGHTS |= {"clone": 3, "unlink": 2, "house": 3}
 CUTS = int(os.environ.get("RAMFS_POWER_CUTS", "120"))
 
 
@@ -70,6 +74,11 @@ class Oracle:
 
     def truncated(self, name: str, size: int) -> None:
         self.files[name].versions.append(self.files[name].versions[-1][:size].ljust(size, b"\0"))
+
+    def punched(self, name: str, offset: int, length: int) -> None:
+        length = min(length, len(self.files[name].versions[-1]) - offset)
+        if length > 0:
+            self.wrote(name, offset, bytes(length))
 
     def synced(self, name: str) -> None:
         file = self.files[name]
@@ -138,16 +147,15 @@ class Workload:
         snapshots: list[str] = []
         clones: list[str] = []
         for step in range(steps):
-            kind = rng.choices(
-                ("write", "zero", "partial", "sync", "snapshot", "clone", "unlink", "forget", "truncate", "house"),
-                (10, 3, 4, 5, 3, 3, 2, 1, 2, 3),
-            )[0]
+            kind = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
             name = rng.choice(["vm/ram", *clones[-3:]])
             page = rng.randrange(64)
             if kind == "write":
                 self.write(name, page * PAGE, b"".join(self.page() for _ in range(rng.randrange(1, 9))))
             elif kind == "zero":
                 self.write(name, page * PAGE, bytes(PAGE * rng.randrange(1, 5)))
+            elif kind == "punch":
+                self.punch(name, page * PAGE + rng.choice((0, 0, 777)), PAGE * rng.randrange(1, 20))
             elif kind == "partial":
                 self.write(name, page * PAGE + 777, self.page()[: rng.randrange(1, 3000)])
             elif kind == "truncate":
@@ -185,6 +193,7 @@ class Workload:
     def mkdir(self, name: str) -> None: ...
     def write(self, name: str, offset: int, data: bytes) -> None: ...
     def truncate(self, name: str, size: int) -> None: ...
+    def punch(self, name: str, offset: int, length: int) -> None: ...
     def sync(self, name: str) -> None: ...
     def snapshot(self, name: str) -> None: ...
     def delete_snapshot(self, name: str) -> None: ...
@@ -212,6 +221,11 @@ class ThroughMount(Workload):
     def truncate(self, name: str, size: int) -> None:
         self.oracle.truncated(name, size)
         os.truncate(self.path / name, size)
+
+    def punch(self, name: str, offset: int, length: int) -> None:
+        self.oracle.punched(name, offset, length)
+        with open(self.path / name, "r+b") as file:
+            fallocate(file.fileno(), PUNCH, offset, length)
 
     def sync(self, name: str) -> None:
         fd = os.open(self.path / name, os.O_RDWR)
@@ -267,6 +281,11 @@ class Inside(Workload):
     def truncate(self, name: str, size: int) -> None:
         self.oracle.truncated(name, size)
         self.kit.pager.truncate(self.kit.image(name), size)
+
+    def punch(self, name: str, offset: int, length: int) -> None:
+        self.oracle.punched(name, offset, length)
+        for _ in self.kit.pager.zero(self.kit.image(name), offset, length, keep_size=True):
+            pass
 
     def sync(self, name: str) -> None:
         self.kit.sync(name)

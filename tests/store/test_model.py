@@ -11,6 +11,7 @@ import os
 import shutil
 import stat
 import tempfile
+from unittest import mock
 
 import hypothesis.strategies as st
 import trio
@@ -186,6 +187,43 @@ class StoreMachine(RuleBasedStateMachine):
         else:
             data += bytes(size - len(data))
         self.model[name].remember()
+
+    @rule(name=files, offset=offsets, length=lengths, keep_size=st.booleans(), snapshot=st.booleans())
+    def zero(self, name: bytes, offset: int, length: int, keep_size: bool, snapshot: bool) -> None:
+        """In parts of two pages, and perhaps with a freeze in between."""
+        with mock.patch("ramfs.pager._ZERO_AT_ONCE", 2):
+            for _ in self.pager.zero(self.image(name), offset, length, keep_size=keep_size):
+                if snapshot:
+                    self.snapshot_given_up()
+        if keep_size:
+            length = min(length, len(self.model[name].data) - offset)
+        if length > 0:
+            self.model[name].put(offset, bytes(length))
+        self.model[name].remember()
+
+    @rule(name=files, offset=offsets, length=lengths, keep_size=st.booleans())
+    def allocate(self, name: bytes, offset: int, length: int, keep_size: bool) -> None:
+        self.pager.allocate(self.image(name), offset, length, keep_size=keep_size)
+        data = self.model[name].data
+        if not keep_size:
+            data += bytes(max(0, offset + length - len(data)))
+        self.model[name].remember()
+
+    @rule(name=files)
+    def holes_are_zeros(self, name: bytes) -> None:
+        """And what is no hole has an entry in the table."""
+        image, data = self.image(name), self.model[name].data
+        at, stored = 0, 0
+        while at < image.size:
+            start, _ = self.pager.seek(image, at, os.SEEK_DATA)
+            assert not any(data[at:start])
+            if start == image.size:
+                break
+            at, end = self.pager.seek(image, start, os.SEEK_HOLE)
+            assert start < at <= end <= image.size
+            assert at == image.size or self.pager.seek(image, at, os.SEEK_HOLE) == (at, end)
+            stored += -(-at // PAGE) - start // PAGE
+        assert stored == image.table.resident()
 
     @rule(source=files, onto=files, at=offsets, to=offsets, length=lengths)
     def share(self, source: bytes, onto: bytes, at: int, to: int, length: int) -> None:

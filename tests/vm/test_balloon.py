@@ -1,0 +1,98 @@
+"""Guests that give memory back: the balloon, and free page reporting."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from harness import Mount
+from mount.posix import eventually
+from vm.conftest import Lab, cp, ramfs, snapshot
+from vm.guest import MIB, PAGE, Guest
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
+
+MUCH = 100  # MiB that the guest takes and gives
+#: Of these the guest's kernel keeps some: pages in its own lists, pieces too small to report.
+MOST = 85 * MIB
+GUEST_MIB = 256
+
+
+def stored(mount: Mount) -> int:
+    """Bytes that the layers of the store take."""
+    return sum(path.stat().st_blocks * 512 for path in (mount.store / "layers").glob("*.ram"))
+
+
+def counts(path: Path) -> dict[str, int]:
+    """Bytes of a file by state, from `ramfs du`."""
+    done = ramfs("du", "--json", path)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    return {state: pages * PAGE for state, pages in json.loads(done.stdout)["total"].items()}
+
+
+def boot(lab: Lab, memory: Path, device: str = "", **more: object) -> Guest:
+    args = ["-device", f"virtio-balloon-pci,id=balloon{device}"]
+    return lab.boot(memory, mib=GUEST_MIB, args=args, **more)
+
+
+def inflate(guest: Guest, size: int) -> None:
+    """Let the guest have only that many bytes, and wait until it has obeyed."""
+    guest.qmp("balloon", value=size)
+    eventually(lambda: guest.qmp("query-balloon")["actual"] == size, f"the guest has {size} bytes", timeout=60)
+
+
+def test_what_the_guest_frees_is_reported(lab: Lab) -> None:
+    memory = lab.directory("vm") / "ram0"
+    guest = boot(lab, memory, ",free-page-reporting=on")
+    for seed in (2, 3):
+        assert guest.say(f"take {seed} {MUCH}") == "taken ok"
+        before, full = counts(memory), stored(lab.mount)
+        assert before["owned"] > (MUCH + 16) * MIB
+        guest.say("give")
+        eventually(lambda full=full: full - stored(lab.mount) >= MOST, "what was freed is a hole", timeout=60)  # type: ignore[misc]
+        after = counts(memory)
+        assert after["zero"] - before["zero"] >= MOST
+        assert before["owned"] - after["owned"] >= MOST
+    guest.check([1] * 8)
+    assert guest.errors == ""
+
+
+def test_a_balloon_takes_from_its_own_guest_only(lab: Lab) -> None:
+    vm, copy = lab.directory("vm"), lab.mount.path / "copy"
+    parent = boot(lab, vm / "ram0")
+    assert parent.say(f"take 2 {MUCH}") == "taken ok"
+    parent.say("give")
+    snapshot(vm, "one", parent.socket)
+    frozen = vm / ".snap" / "one" / "ram0"
+    digest = hashlib.sha256(frozen.read_bytes()).digest()
+    small = (GUEST_MIB - MUCH - 10) * MIB
+
+    # In a clone: it lets go of pages that it shared.
+    cp("-r", vm / ".snap" / "one", copy)
+    clone = lab.resume(copy / "ram0", copy / "state", mib=GUEST_MIB, args=["-device", "virtio-balloon-pci,id=balloon"])
+    before = counts(copy / "ram0")
+    inflate(clone, small)
+    after = counts(copy / "ram0")
+    assert after["zero"] - before["zero"] >= MOST
+    assert before["shared"] - after["shared"] >= MOST
+    clone.check([1] * 8)
+    assert hashlib.sha256(frozen.read_bytes()).digest() == digest
+    parent.check([1] * 8)
+
+    # In the parent: the room comes back with the last snapshot that has the pages.
+    full = stored(lab.mount)
+    inflate(parent, small)
+    assert hashlib.sha256(frozen.read_bytes()).digest() == digest
+    (vm / ".snap" / "one").rmdir()
+    eventually(lambda: full - stored(lab.mount) >= MOST, "the pages of the balloon are gone")
+    clone.check([1] * 8)
+
+    # And back again.
+    for guest in (parent, clone):
+        inflate(guest, GUEST_MIB * MIB)
+        assert guest.say(f"take 3 {MUCH}") == "taken ok"
+        guest.check([1] * 8)
+        guest.tick_on()
+        assert guest.errors == ""
