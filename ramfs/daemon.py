@@ -20,6 +20,7 @@ from ramfs.errors import RamfsError
 from ramfs.fuse import tuning
 from ramfs.fuse.flush import Flusher
 from ramfs.fuse.operations import Operations
+from ramfs.fuse.passthrough import Passthrough
 from ramfs.fuse.session import Session
 from ramfs.inspect.counters import Counters
 from ramfs.inspect.report import Observer, Supervision
@@ -56,6 +57,8 @@ class MountRequest:
     mountpoint: str
     options: tuple[str, ...] = ()
     template_rdwr: bool = False
+    native: str = "auto"
+    """which files the kernel may serve from the store by itself: auto, frozen or off"""
 
 
 class Daemon:
@@ -85,13 +88,27 @@ class Daemon:
             held = Held.of(ledger.records())
             self.pager = Pager(store)
             self.namespace = Namespace(self.pager, ledger, held)
+            passthrough = Passthrough(store.layers, _not_native(request))
             supervision = Supervision(self.go.supervisor, self.go.starts, self.go.crashes, self.go.why)
             self.observer = Observer(
-                store, self.namespace, Counters(), request.mountpoint, Session.connection, time.monotonic(), supervision
+                store,
+                self.namespace,
+                Counters(),
+                request.mountpoint,
+                Session.connection,
+                passthrough,
+                time.monotonic(),
+                supervision,
             )
             self.flusher = Flusher(request.mountpoint)
             self.operations = Operations(
-                self.pager, self.namespace, self.observer, self.flusher, template_rdwr=request.template_rdwr, held=held
+                self.pager,
+                self.namespace,
+                self.observer,
+                self.flusher,
+                passthrough,
+                template_rdwr=request.template_rdwr,
+                held=held,
             )
             session = Session(self.operations, request.mountpoint, request.options, kept.get("fuse"))
             if kept:
@@ -242,6 +259,13 @@ class Daemon:
                 await self.pager.sync()
             except Exception as exc:  # noqa: BLE001  (as above)
                 _tell("the store could not be synced, will try again", exc)
+
+
+def _not_native(request: MountRequest) -> str:
+    """Why nothing may be served natively, if there is a reason from the start."""
+    if request.native == "off":
+        return "the mount option native=off"
+    return "the mount option template_rdwr" if request.template_rdwr else ""
 
 
 def _tell(what: str, exc: Exception) -> None:

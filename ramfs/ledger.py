@@ -68,8 +68,9 @@ class Record(NamedTuple):
     payload: bytes = b""
 
 
-#: The start of an OPEN's payload: user, group and process that opened the file.
-OPENER: Final = struct.Struct("<III4x")
+#: The start of an OPEN's payload: user, group and process that opened the file; for one that the kernel reads from a
+#: layer by itself, the layer and the backing id (ramfs/fuse/passthrough.py), else zeros.
+OPENER: Final = struct.Struct("<IIIIi4x")
 
 
 class Ledger:

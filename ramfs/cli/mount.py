@@ -29,7 +29,8 @@ IGNORED: Final = frozenset(
     ("defaults", "auto", "noauto", "user", "users", "nouser", "nofail", "fail", "_netdev", "owner", "group",
      "nodiratime", "diratime", "relatime", "norelatime", "strictatime", "nostrictatime", "lazytime", "nolazytime")
 )  # fmt: skip
-OURS: Final = frozenset(("template_rdwr", "debug"))
+NATIVE: Final = frozenset(("native=auto", "native=frozen", "native=off"))
+OURS: Final = NATIVE | {"template_rdwr", "debug"}
 
 #: Where a daemon in the background logs to, when something listens there.
 SYSLOG: Final = "/dev/log"
@@ -41,6 +42,7 @@ def split_options(words: tuple[str, ...]) -> tuple[list[str], set[str]]:
     ours: set[str] = set()
     for option in (option for word in words for option in word.split(",")):
         if option in OURS:
+            ours -= NATIVE if option in NATIVE else set()  # the last one counts
             ours.add(option)
         elif option in PASSED:
             passed.append(option)
@@ -126,6 +128,9 @@ def mount(
     \b
     Options besides those of mount(8):
       allow_other     let other users in, as modes and owners allow
+      native=auto|frozen|off
+                      which files the kernel may serve from the store by
+                      itself: frozen ones that are one layer, or none
       template_rdwr   let frozen files be opened for writing, which QEMU before
                       8.2 needs for share=off; no write is accepted even then
       debug           log more
@@ -157,6 +162,7 @@ def mount(
         mountpoint,
         (*passed, "subtype=ramfs", f"fsname={_escape(store)}"),
         template_rdwr="template_rdwr" in ours,
+        native=next((word.partition("=")[2] for word in ours if word.startswith("native=")), "auto"),
     )
     to_supervisor = Link(link)
     go = to_supervisor.stand_by(__version__)

@@ -72,9 +72,12 @@ def picture(statuses: list[dict[str, Any]]) -> RenderableType:
             ("shared", f"{human(requests['shared_bytes'])} by copy_file_range, {requests['clones']} clones"),
             ("errors", str(requests["errors"])),
         ]
+        if refused := status.get("native", {}).get("refused"):
+            rows.append(("native", f"no file: {refused}"))
         for file in status["open_files"]:
             pids = ", ".join(map(str, file["pids"]))
-            rows.append(("open", f"{printable(file['path'])} ({human(file['bytes'])}) in process {pids}"))
+            how = ", native" if file.get("native") else ""
+            rows.append(("open", f"{printable(file['path'])} ({human(file['bytes'])}{how}) in process {pids}"))
         for name, value in rows:
             table.add_row(name, Text(value))
         parts.append(table)

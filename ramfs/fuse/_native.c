@@ -8,7 +8,7 @@
  *                             libfuse has no word for (raw requests)
  *   fuse_reply_open, _create  can tell the kernel more of an open file than pyfuse3 has words for (mark_open)
  *
- * and the INIT reply gets one flag that libfuse does not know (edit_init).
+ * and the INIT reply gets flags that libfuse does not know (edit_init).
  *
  * Everything here runs in pyfuse3's loop, which enters libfuse with the GIL held. Operations are handed to
  * Python functions that answer at once (see operations.py); one more operation of libfuse is a row in HANDLERS,
@@ -35,9 +35,12 @@ enum { PAGE = 4096 };
 enum { ON_READ, ON_MAP, ON_WRITE, ON_COPY, ON_IOCTL, ON_RAW, ON_FALLOCATE, ON_LSEEK, HANDLERS };
 static const char *const handler_names[HANDLERS] = {"read",  "map_layer", "write",     "copy_file_range",
                                                     "ioctl", "raw",       "fallocate", "lseek"};
+/* Of Linux 6.9, which older headers lack: */
+enum { INIT_EXT = 1 << 30, PASSTHROUGH = 1 << 5 /* of flags2 */, STACK_DEPTH = 0 /* of unused */ };
 static PyObject *handlers[HANDLERS];
 
 static unsigned max_background = 64, max_readahead = 1 << 20, max_write = 1 << 20;
+static int want_passthrough, offered, passthrough; /* asked for by us, offered by the kernel, agreed on */
 static long spin_ns = 0;     /* how long to look for the next request before going back to the loop */
 static unsigned burst = 64; /* requests answered before other tasks of the loop get their turn: 20 ms of the largest */
 
@@ -360,16 +363,23 @@ static long long now_ns(void)
     return t.tv_sec * 1000000000LL + t.tv_nsec;
 }
 
+/* INIT came, from the kernel or by py_replay_init. */
+static void note_init(const struct fuse_in_header *request)
+{
+    const struct fuse_init_in *init = (const void *)(request + 1);
+    memmove(init_request, request, request->len);
+    offered = request->len >= sizeof *request + sizeof *init && init->flags & INIT_EXT && init->flags2 & PASSTHROUGH;
+    initialising = 1;
+}
+
 /* Remember of a request what handlers may ask for. */
 static void note(const struct fuse_in_header *request)
 {
     unique = request->unique;
     if (request->opcode == FUSE_SETXATTR)
         xattr_flags = ((const struct fuse_setxattr_in *)(request + 1))->flags;
-    if (request->opcode == FUSE_INIT && request->len <= sizeof init_request) {
-        memcpy(init_request, request, request->len);
-        initialising = 1;
-    }
+    if (request->opcode == FUSE_INIT && request->len <= sizeof init_request)
+        note_init(request);
 }
 
 static int answers(uint32_t opcode)
@@ -502,13 +512,13 @@ static PyObject *py_unique(PyObject *self, PyObject *none)
 static PyObject *py_install(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"read", "map_layer", "write", "copy_file_range", "ioctl", "raw", "fallocate", "lseek",
-                            "max_background", "max_readahead", "max_write", "spin_ns", NULL};
+                            "max_background", "max_readahead", "max_write", "spin_ns", "passthrough", NULL};
     PyObject *given[HANDLERS] = {NULL};
     (void)self;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$OOOOOO!OOIIIl", names, &given[ON_READ], &given[ON_MAP],
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$OOOOOO!OOIIIlp", names, &given[ON_READ], &given[ON_MAP],
                                      &given[ON_WRITE], &given[ON_COPY], &given[ON_IOCTL], &PyDict_Type, &given[ON_RAW],
                                      &given[ON_FALLOCATE], &given[ON_LSEEK],
-                                     &max_background, &max_readahead, &max_write, &spin_ns))
+                                     &max_background, &max_readahead, &max_write, &spin_ns, &want_passthrough))
         return NULL;
     for (int i = 0; i < HANDLERS; i++) {
         Py_INCREF(given[i]);
@@ -518,8 +528,8 @@ static PyObject *py_install(PyObject *self, PyObject *args, PyObject *kwargs)
 }
 
 /* Replies on their way to the kernel. INIT: the kernel asks for the attribute security.capability before every
- * write(2) unless the server promises to drop privileges itself, for which libfuse 3.14 has no word. OPEN and
- * CREATE: see mark_open. */
+ * write(2) unless the server promises to drop privileges itself, for which libfuse 3.14 has no word; nor has it
+ * one for files that the kernel reads from the store without us. OPEN and CREATE: see mark_open. */
 static ssize_t reply_writev(int fd, struct iovec *iov, int count, void *userdata)
 {
     (void)userdata;
@@ -529,18 +539,24 @@ static ssize_t reply_writev(int fd, struct iovec *iov, int count, void *userdata
         out->open_flags |= marked.flags;
         out->padding = (uint32_t)marked.backing; /* its name before Linux 6.9 */
     }
+    if (initialising && count >= 2 && iov[1].iov_len == sizeof(struct fuse_init_out)) {
+        struct fuse_init_out *out = iov[1].iov_base;
+        if (out->major == FUSE_KERNEL_VERSION) {
+            out->flags |= FUSE_HANDLE_KILLPRIV_V2;
+            if (want_passthrough && offered) {
+                out->flags |= INIT_EXT;
+                out->flags2 |= PASSTHROUGH;
+                out->unused[STACK_DEPTH] = 1; /* their file system may not be stacked itself; one may stand on ours */
+                passthrough = 1;
+            }
+            initialising = 0;
+        }
+    }
     if (replaying) {
         ssize_t length = 0;
         for (int i = 0; i < count; i++)
             length += (ssize_t)iov[i].iov_len;
         return length;
-    }
-    if (initialising && count >= 2 && iov[1].iov_len == sizeof(struct fuse_init_out)) {
-        struct fuse_init_out *out = iov[1].iov_base;
-        if (out->major == FUSE_KERNEL_VERSION) {
-            out->flags |= FUSE_HANDLE_KILLPRIV_V2;
-            initialising = 0;
-        }
     }
     return writev(fd, iov, count);
 }
@@ -576,8 +592,10 @@ static PyObject *py_replay_init(PyObject *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "y*", &request))
         return NULL;
     if (session != NULL && request.len >= (Py_ssize_t)sizeof(struct fuse_in_header) &&
-        request.len <= (Py_ssize_t)sizeof init_request) {
+        request.len <= (Py_ssize_t)sizeof init_request &&
+        ((const struct fuse_in_header *)request.buf)->len == request.len) {
         memcpy(init_request, request.buf, (size_t)request.len);
+        note_init((const struct fuse_in_header *)init_request);
         struct fuse_buf buf = {.mem = init_request, .size = (size_t)request.len};
         replaying = 1;
         real_process_buf(session, &buf);
@@ -616,10 +634,11 @@ static PyObject *py_connection(PyObject *self, PyObject *none)
 {
     (void)self;
     (void)none;
-    return Py_BuildValue("{s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:K}", "proto_major", negotiated.proto_major, "proto_minor",
+    return Py_BuildValue("{s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:K,s:i}", "proto_major", negotiated.proto_major, "proto_minor",
                          negotiated.proto_minor, "max_background", negotiated.max_background, "max_readahead",
                          negotiated.max_readahead, "max_write", negotiated.max_write, "capable", negotiated.capable,
-                         "want", negotiated.want, "answered", answered);
+                         "want", negotiated.want, "answered", answered, "passthrough",
+                         passthrough);
 }
 
 static PyMethodDef methods[] = {

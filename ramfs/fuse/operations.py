@@ -13,7 +13,7 @@ import os
 import signal
 import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 import trio
@@ -24,6 +24,7 @@ from ramfs.fuse.answers import answered, errno_of, request_of
 from ramfs.fuse.extension import native, pyfuse3
 from ramfs.fuse.flush import Flusher
 from ramfs.fuse.handles import FileHandle, VirtualHandle
+from ramfs.fuse.passthrough import FOPEN_PASSTHROUGH, Passthrough
 from ramfs.inspect.counters import Counters
 from ramfs.inspect.report import Observer, page_counts_text
 from ramfs.ledger import OPENER, Held, Kind, Ledger, Record, inode_numbers
@@ -63,8 +64,8 @@ class Operations(pyfuse3.Operations):
     enable_acl = False
 
     def __init__(
-        self, pager: Pager, namespace: Namespace, observer: Observer, flusher: Flusher, *, template_rdwr: bool = False,
-        held: Held | None = None,
+        self, pager: Pager, namespace: Namespace, observer: Observer, flusher: Flusher, passthrough: Passthrough, *,
+        template_rdwr: bool = False, held: Held | None = None,
     ) -> None:  # fmt: skip
         """``held`` is what the kernel holds already, when another daemon served the mount before."""
         super().__init__()
@@ -73,6 +74,7 @@ class Operations(pyfuse3.Operations):
         self.observer = observer
         self.flusher = flusher
         self.template_rdwr = template_rdwr
+        self.passthrough = passthrough
         self.counters: Counters = observer.counters
         self.ledger: Ledger = namespace.ledger
         self.outcomes = pager.store.outcomes
@@ -87,13 +89,14 @@ class Operations(pyfuse3.Operations):
         """requests to remove a temporary name that was removed for them before"""
         for record in held.files.values():
             self._reopen(record)
+        passthrough.restore(*_native_of(held.files.values()))
 
     # -- what the kernel holds
 
     def _reopen(self, record: Record) -> None:
         """Know a file again that the kernel has open from the daemon before."""
         handle, ino = HandleId(record.b), InodeNumber(record.c)
-        uid, gid, pid = OPENER.unpack_from(record.payload)
+        uid, gid, pid, _, _ = OPENER.unpack_from(record.payload)
         if virtual.is_virtual(ino):
             data = record.payload[OPENER.size :]
             self._files[handle] = VirtualHandle(handle, ino, data, uid, gid, pid)
@@ -109,11 +112,11 @@ class Operations(pyfuse3.Operations):
         yield from self.namespace.held()
         for handle, file in self._files.items():
             if isinstance(file, VirtualHandle):
-                payload = OPENER.pack(file.uid, file.gid, file.pid) + file.data
+                payload = OPENER.pack(file.uid, file.gid, file.pid, 0, 0) + file.data
                 yield Record(Kind.OPEN, 0, handle, file.ino, payload=payload)
             else:
                 opener = file.inode.opens[file.id]
-                payload = OPENER.pack(0, 0, opener.pid)
+                payload = OPENER.pack(0, 0, opener.pid, *self.passthrough.held(file.id))
                 yield Record(Kind.OPEN, 0, handle, file.inode.ino, int(opener.writable), payload)
 
     def _note_open(self, handle: HandleId, ino: InodeNumber, writable: bool, opener: bytes) -> None:
@@ -566,16 +569,18 @@ class Operations(pyfuse3.Operations):
             self.pager.truncate(image, 0)
             self.namespace.drop_suid(inode)
         handle = HandleId(next(self._numbers))
-        self._note_open(handle, inode.ino, writable and not inode.frozen, OPENER.pack(0, 0, pid))
+        backing = self.passthrough.open(inode, handle)
+        opener = OPENER.pack(0, 0, pid, *self.passthrough.held(handle))
+        self._note_open(handle, inode.ino, writable and not inode.frozen, opener)
         inode.opens[handle] = Opener(pid, writable and not inode.frozen)
         self._images[handle] = image
         self._files[handle] = FileHandle(handle, inode, image)
         if not writable:
             # The kernel else writes back all that a guest has dirty whenever a reader of its memory closes it.
-            native.mark_open(handle, _FOPEN_NOFLUSH, 0)
+            native.mark_open(handle, _FOPEN_NOFLUSH | (FOPEN_PASSTHROUGH if backing else 0), backing)
         # A frozen file that is open for writing must not be mapped shared: stores would stay in the page
         # cache, seen by everybody, though no write is accepted. direct_io makes the kernel refuse that.
-        return pyfuse3.FileInfo(fh=handle, keep_cache=True, direct_io=inode.frozen and writable)
+        return pyfuse3.FileInfo(fh=handle, keep_cache=not backing, direct_io=inode.frozen and writable)
 
     @answered
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
@@ -584,12 +589,13 @@ class Operations(pyfuse3.Operations):
             if flags & _WRITES and inode != virtual.CONTROL:
                 raise FileError(errno.EACCES)  # which the mode alone does not tell root
             return self._open_virtual(InodeNumber(inode), ctx)
+        await self.passthrough.look(self.namespace.get(InodeNumber(inode)))
         return self._open(self.namespace.get(InodeNumber(inode)), flags, ctx.pid)
 
     def _open_virtual(self, ino: InodeNumber, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         handle = HandleId(next(self._numbers))
         data = virtual.contents(ino, self.observer)
-        self._note_open(handle, ino, False, OPENER.pack(ctx.uid, ctx.gid, ctx.pid) + data)
+        self._note_open(handle, ino, False, OPENER.pack(ctx.uid, ctx.gid, ctx.pid, 0, 0) + data)
         self._files[handle] = VirtualHandle(handle, ino, data, ctx.uid, ctx.gid, ctx.pid)
         return pyfuse3.FileInfo(fh=handle, direct_io=True)
 
@@ -645,6 +651,7 @@ class Operations(pyfuse3.Operations):
         file = self._files.pop(fh)
         if isinstance(file, FileHandle):
             del file.inode.opens[file.id]
+            self.passthrough.release(file.id)
             self.namespace.let_go(file.inode)
 
     @answered
@@ -786,6 +793,18 @@ def _sought(found: int, size: int, whence: int) -> int:
     if found >= size and whence == os.SEEK_DATA:
         raise FileError(errno.ENXIO)
     return found
+
+
+def _native_of(files: Iterable[Record]) -> tuple[list[tuple[LayerId, int]], list[tuple[HandleId, LayerId]]]:
+    """Of OPEN records: the layers and backing ids that the kernel holds, and the handles that are served from them."""
+    backings: dict[LayerId, int] = {}
+    handles: list[tuple[HandleId, LayerId]] = []
+    for record in files:
+        *_, layer, backing = OPENER.unpack_from(record.payload)
+        if backing:
+            backings[LayerId(layer)] = backing
+            handles.append((HandleId(record.b), LayerId(layer)))
+    return list(backings.items()), handles
 
 
 def _lives(pid: int) -> bool:

@@ -65,6 +65,7 @@ class Session:
             max_readahead=MAX_REQUEST,
             max_write=MAX_REQUEST,
             spin_ns=SPIN_NS if (os.cpu_count() or 1) > 1 else 0,
+            passthrough=not operations.passthrough.refused,
         )
         words: list[str] = []
         try:

@@ -6,19 +6,29 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import ramfs
 from ramfs.errors import StoreDamaged
 from ramfs.image.lineage import PageCounts, count_pages
 from ramfs.inspect.counters import Counters
-from ramfs.namespace import Namespace
+from ramfs.namespace import Inode, Namespace
 from ramfs.store.images import Image, read_table
 from ramfs.store.store import Store
 from ramfs.units import SNAP_BIT
 
 #: Of the JSON texts; grows with every change that a reader could stumble over.
 SCHEMA = 1
+
+
+class Native(Protocol):
+    """What tells which files the kernel serves from the store by itself."""
+
+    refused: str
+    """why there are none, if there is a reason that holds for the whole mount"""
+
+    def is_native(self, inode: Inode) -> bool:
+        """Is that one?"""
 
 
 @dataclass(slots=True)
@@ -46,6 +56,7 @@ class Observer:
     mountpoint: str
     connection: Callable[[], dict[str, int]]
     """what was settled with the kernel"""
+    native: Native
     started: float
     supervision: Supervision
 
@@ -53,6 +64,7 @@ class Observer:
         """The contents of ``status.json``; docs/format.md names the fields."""
         catalog, layers = self.store.catalog, self.store.layers
         space = self.store.statvfs()
+        opened = [(inode, self.native.is_native(inode)) for inode in self.namespace.inodes.values() if inode.opens]
         return {
             "schema": SCHEMA,
             "version": ramfs.__version__,
@@ -84,14 +96,15 @@ class Observer:
             "memory_bytes": _largest_resident(),
             "requests": asdict(self.counters),
             "connection": self.connection(),
+            "native": {"files": sum(native for _, native in opened), "refused": self.native.refused},
             "open_files": [
                 {
                     "path": self._name(inode.ino),
                     "pids": sorted({opener.pid for opener in inode.opens.values()}),
                     "bytes": inode.size,
+                    "native": native,
                 }
-                for inode in self.namespace.inodes.values()
-                if inode.opens
+                for inode, native in opened
             ],
         }
 
@@ -138,6 +151,7 @@ class Observer:
             (f'{{kind="{kind}"}}', status["store_bytes"][kind]) for kind in ("total", "free", "layers")
         ))  # fmt: skip
         metric("memory_bytes", "gauge", "Largest resident size of the daemon.", ("", status["memory_bytes"]))
+        metric("native_files", "gauge", "Open files that the kernel serves by itself.", ("", status["native"]["files"]))
         for name, value in status["requests"].items():
             metric(
                 f"{name}_total", "counter", f"{name.replace('_', ' ').capitalize()} since the mount began.", ("", value)

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from typing import Final
@@ -37,6 +38,22 @@ def punch_hole(fd: int, offset: int, length: int) -> bool:
             return False
         raise OSError(code, os.strerror(code))
     return True
+
+
+def is_open_elsewhere(path: str) -> bool:
+    """Has anybody else a file open, the kernel on somebody's behalf included? True where that cannot be told."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        # A write lease is given to the only one who has it open, and is gone with the descriptor.
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 def write_all(fd: int, data: Buffer, offset: int) -> None:

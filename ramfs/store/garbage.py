@@ -91,7 +91,7 @@ class Pass:
         self.job = store.sync_all()
         self.candidates: dict[LayerId, tuple[int, int]] = {}
         """files to look at: the places of their pages, from and to"""
-        waiting = {layers[n].base for n in images.replaced if n in layers.by_id}
+        waiting = {layers[n].base for n in images.replaced if n in layers.by_id} - layers.held
         images.replaced = self._take(waiting)
         images.shared_meanwhile = set()
         images.synced_meanwhile = set()
@@ -305,6 +305,7 @@ class Merge:
         alone = np.bincount(named, minlength=highest) == 1
         fit = np.zeros(highest, np.bool_)
         fit[[layer.id for layer in layers if layer.sealed and layer.digested]] = True
+        fit[list(store.layers.held)] = False
         fit[[n for layer in layers if layer.is_alias for n in (layer.id, layer.base)]] = False
         for image, record in records:
             mine = record[(alone & fit)[record]]

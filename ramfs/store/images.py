@@ -113,8 +113,8 @@ class Image:
     """
 
     __slots__ = (
-        "_ahead", "_fd", "_length", "_opened", "_table", "ctime", "doubtful", "frozen", "header_stale", "id", "layers",
-        "live", "mtime", "path", "size", "synced_name", "users",
+        "_ahead", "_fd", "_length", "_opened", "_table", "alike", "ctime", "doubtful", "frozen", "header_stale", "id",
+        "layers", "live", "mtime", "path", "size", "synced_name", "users",
     )  # fmt: skip
 
     def __init__(
@@ -139,6 +139,8 @@ class Image:
         self._table: PageTable | None = None
         self._ahead = False
         """entries were written to the file while the table was not in memory"""
+        self.alike: LayerId | None = None
+        """the layer whose file was found to read as a frozen image does (store/flat.py)"""
         self.users = 0
         self.header_stale = False
         self.synced_name = True
@@ -415,7 +417,7 @@ class Images:
         """Let the image's live layer take no more writes; the next write begins a new one. In a transaction."""
         live = image.live
         if live is not None:
-            self.layers.seal(live)
+            self.layers.seal(live, image.pages << PAGE_SHIFT)
             self.catalog.execute("UPDATE images SET live = NULL WHERE id = ?", image.id)
             image.live = None
             self.catalog.on_rollback(lambda: setattr(image, "live", live))

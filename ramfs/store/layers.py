@@ -22,7 +22,7 @@ from ramfs.errors import StoreDamaged
 from ramfs.image.digest import DIGEST, digest_pages
 from ramfs.image.pages import Buffer
 from ramfs.store.catalog import Catalog
-from ramfs.store.files import data_extents, punch_hole, read_exactly, sync_directory, write_all
+from ramfs.store.files import data_extents, is_open_elsewhere, punch_hole, read_exactly, sync_directory, write_all
 from ramfs.units import LOST, MAX_FILE_SIZE, PAGE, PAGE_SHIFT, LayerId
 
 #: Layer files kept open and mapped at most; the least recently used are closed beyond it.
@@ -41,7 +41,7 @@ class LayerFile:
     mapping is only ever handed to the kernel (writev), for which an unreadable page is EFAULT.
     """
 
-    __slots__ = ("fd", "mapped_as", "path", "size", "view", "writable")
+    __slots__ = ("end", "fd", "mapped_as", "path", "size", "view", "writable")
 
     def __init__(self, path: str, *, writable: bool, create: bool = False) -> None:
         flags = os.O_RDWR if writable else os.O_RDONLY
@@ -54,6 +54,8 @@ class LayerFile:
         except FileNotFoundError as exc:
             raise StoreDamaged(f"layer file {path} is missing; run `ramfs fsck` on the store") from exc
         self.size = os.fstat(self.fd).st_size
+        self.end = self.size
+        """nothing was ever written behind this byte"""
         self.view: memoryview | None = None
         self.mapped_as: set[LayerId] = set()
         """layers whose base address (Layers.bases) points into the mapping"""
@@ -77,10 +79,19 @@ class LayerFile:
             os.ftruncate(self.fd, size)
             self.size = size
 
+    def settle(self, size: int) -> None:
+        """A live layer is sealed: give its file the length of its image, unless something was written behind that."""
+        size = max(size, self.end)
+        if size != self.size:
+            os.ftruncate(self.fd, size)
+            self.size = size
+
     def write(self, offset: int, data: Buffer) -> None:
         """Write bytes; the layer must be live. OSError on a full or broken disk."""
-        if offset + len(data) > self.size:
-            self.extend(min(max(offset + len(data), 2 * self.size), MAX_FILE_SIZE))
+        end = offset + len(data)
+        if end > self.size:
+            self.extend(min(max(end, 2 * self.size), MAX_FILE_SIZE))
+        self.end = max(self.end, end)
         write_all(self.fd, data, offset)
 
     def read(self, offset: int, length: int) -> bytes:
@@ -132,6 +143,8 @@ class Layers:
         self.directory = directory
         self.catalog = catalog
         self.by_id: dict[LayerId, Layer] = {}
+        self.held: set[LayerId] = set()
+        """sealed layers that processes may still have mapped through a mount whose daemon was killed: they must stay"""
         self.unsynced_names: set[LayerId] = set()
         """layers whose files are new since the directory was last synced"""
         self._aliases: dict[tuple[LayerId, int], Layer] = {}
@@ -178,8 +191,14 @@ class Layers:
         self._trim()
         return layer
 
-    def seal(self, layer: Layer) -> None:
-        """Let nothing be written to the layer any more. Call in a transaction."""
+    def seal(self, layer: Layer, size: int | None = None) -> None:
+        """Let nothing be written to the layer any more. Call in a transaction.
+
+        ``size`` are the bytes of all pages of its image: a file of that length can be flat (store/flat.py).
+        """
+        if size is not None:
+            with contextlib.suppress(OSError):  # it is good at any length that it has
+                self.file(layer).settle(size)
         self.catalog.execute("UPDATE layers SET sealed = 1 WHERE id = ?", layer.id)
         layer.sealed = True
         self.catalog.on_rollback(lambda: setattr(layer, "sealed", False))
@@ -284,6 +303,13 @@ class Layers:
         """Remove the files of a layer whose row is gone."""
         self.close_file(layer)
         self.unlink_files(layer)
+
+    def find_held(self) -> None:
+        """Note the sealed layers that somebody has open, before we have one open ourselves."""
+        self.held = {
+            n for n, layer in self.by_id.items()
+            if layer.sealed and not layer.is_alias and is_open_elsewhere(self.path(n))
+        }  # fmt: skip
 
     def unlink_files(self, layer: LayerId) -> None:
         """Remove the files of a layer that is closed (any thread)."""

@@ -118,6 +118,8 @@ class Store:
 
     def _recover(self, fresh: bool) -> None:
         catalog, now = self.catalog, boot_id()
+        if not fresh and catalog.meta("boot_id") == now:
+            self.layers.find_held()
         if fresh:
             with catalog.transaction():
                 catalog.set_meta("uuid", str(uuid.uuid4()))
@@ -296,7 +298,8 @@ class Store:
             self._sync_files()  # from now on .map counts, which no sync before has written
             with self.catalog.transaction():
                 self.catalog.set_meta("clean", 1)
-                self.catalog.set_meta("garbage", int(bool(self.images.replaced or self.images.doomed)))
+                garbage = self.images.replaced or self.images.doomed or self.layers.held
+                self.catalog.set_meta("garbage", int(bool(garbage)))
             self.catalog.sync()
         finally:
             self.abandon()

@@ -183,7 +183,7 @@ def test_the_man_page_has_every_exit_code(man: dict[str, str]) -> None:
 
 
 def test_the_man_page_has_every_mount_option(man: dict[str, str]) -> None:
-    words = set(re.findall(r"[\w-]+", man["MOUNT OPTIONS"]))
+    words = set(re.findall(r"[\w=-]+", man["MOUNT OPTIONS"]))
     assert words >= OURS | PASSED | IGNORED
 
 
@@ -202,6 +202,6 @@ def test_the_readme_has_every_command_and_option() -> None:
 
 
 def test_the_readme_has_every_mount_option_and_exit_code() -> None:
-    given = {word for row in readme_table("option") for word in re.findall(r"`(\w+)`", row[0])}
+    given = {word for row in readme_table("option") for word in re.findall(r"`([\w=]+)`", row[0])}
     assert OURS | {"allow_other"} <= given <= OURS | PASSED
     assert [(int(row[0]), row[1]) for row in readme_table("code")] == list(EXIT_CODES)

@@ -19,7 +19,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -64,13 +64,16 @@ class Usage:
     resident: int
     private_dirty: int
     shared: int
+    anonymous: int
+    """pages of its own, of no file (those of a file on tmpfs are always dirty)"""
 
 
 class Guest:
     """One QEMU with RAM in `memory`: a file, or a directory in which QEMU makes its own.
 
     `style` tells how QEMU gets it: as a memory backend, or by the option -mem-path, which maps privately.
-    With `incoming` the guest waits for `load`. `boot` is added to the kernel command line; `args` to QEMU's.
+    With `incoming` the guest waits for `load`. `boot` is added to the kernel command line; `args` to QEMU's, `env` to
+    its environment.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class Guest:
         boot: str = "",
         kernel: bool = True,
         args: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self.memory = memory
         self.mib = mib
@@ -114,6 +118,7 @@ class Guest:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             start_new_session=True,
+            env={**os.environ, **(env or {})},
         )
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
@@ -236,7 +241,7 @@ class Guest:
 
     def usage(self) -> Usage:
         """What the mapping of the RAM costs the host, over all of its parts."""
-        totals = {"Rss": 0, "Private_Dirty": 0, "Shared_Clean": 0, "Shared_Dirty": 0}
+        totals = {"Anonymous": 0, "Rss": 0, "Private_Dirty": 0, "Shared_Clean": 0, "Shared_Dirty": 0}
         within = False
         for line in Path(f"/proc/{self.pid}/smaps").read_text().splitlines():
             fields = line.split()
@@ -244,7 +249,8 @@ class Guest:
                 within = line.endswith(str(self.memory))
             elif within and (name := fields[0].rstrip(":")) in totals:
                 totals[name] += int(fields[1]) * 1024 // PAGE
-        return Usage(totals["Rss"], totals["Private_Dirty"], totals["Shared_Clean"] + totals["Shared_Dirty"])
+        shared = totals["Shared_Clean"] + totals["Shared_Dirty"]
+        return Usage(totals["Rss"], totals["Private_Dirty"], shared, totals["Anonymous"])
 
     def ram(self) -> bytearray:
         """The RAM as the guest sees it; stop the guest before. Reads the mapping, private pages included."""
