@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from harness import Mount
 from mount.posix import (
-    FALLOC_FL_KEEP_SIZE,
-    FALLOC_FL_PUNCH_HOLE,
+    KEEP_SIZE,
     PAGE,
+    PUNCH_HOLE,
     Process,
     counters,
     errno_of,
@@ -303,7 +303,7 @@ def test_nothing_can_be_written(vm: Path) -> None:
         assert errno_of(lambda: os.pwrite(fd, b"x", 0)) == errno.EBADF
         assert errno_of(lambda: os.ftruncate(fd, 0)) == errno.EINVAL
         assert errno_of(lambda: os.posix_fallocate(fd, 0, PAGE)) == errno.EBADF
-        punch = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+        punch = PUNCH_HOLE | KEEP_SIZE
         assert _libc.fallocate(fd, punch, ctypes.c_long(0), ctypes.c_long(PAGE)) == -1
         with fails(errno.EACCES):
             mmap.mmap(fd, SIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
