@@ -304,6 +304,44 @@ def test_a_hole_outlives_the_daemon(mounted: Mount) -> None:
         assert extents(fd) == [(0, 2 * PAGE), (101 * PAGE, 1 << 20)]
 
 
+def test_a_daemon_that_is_killed_fails_neither_holes_nor_seeks(mounted: Mount) -> None:
+    """What it did not answer, its successor does; doing it twice is no harm."""
+    size, full, store = 128 << 20, 80 << 20, 25_000 * PAGE
+    data = os.urandom(full)
+    ended = threading.Event()
+    rounds: list[list[tuple[int, int]]] = []
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with opened(mounted.path / "f", os.O_RDWR | os.O_CREAT) as fd:
+                os.ftruncate(fd, size)
+                with mmap.mmap(fd, 0) as memory:
+                    while not ended.is_set():
+                        os.pwrite(fd, data, 0)
+                        memory[store] = 1
+                        rounds.append(extents(fd))
+                        fallocate(fd, PUNCH, 0, size)
+                        rounds.append(extents(fd))
+        except BaseException as error:  # noqa: BLE001
+            failures.append(error)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    for _ in range(3):
+        seen = len(rounds)
+        eventually(lambda: len(rounds) > seen + 2 or failures, "it goes on")  # noqa: B023  (called at once)
+        mounted.kill_daemon()
+    seen = len(rounds)
+    eventually(lambda: len(rounds) > seen + 2 or failures, "it goes on")
+    ended.set()
+    worker.join(60)
+    assert not worker.is_alive()
+    if failures:
+        raise failures[0]
+    assert rounds == [[(0, full), (store, store + PAGE)], []] * (len(rounds) // 2)
+
+
 @pytest.mark.vm
 def test_qemu_allocates_its_memory_beforehand(here: Path) -> None:
     """-mem-prealloc: each page is made writable once, and is still nothing but zeros."""
