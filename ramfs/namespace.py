@@ -253,9 +253,12 @@ class Namespace:
 
     # -- lookup counts
 
-    def forget(self, ino: InodeNumber, count: int) -> None:
-        """The kernel drops ``count`` lookups; an inode without any leaves memory, without names also the disk."""
-        self.ledger.add(Kind.FORGET, 0, ino, count)
+    def forget(self, ino: InodeNumber, count: int, request: int = 0) -> None:
+        """The kernel drops ``count`` lookups; an inode without any leaves memory, without names also the disk.
+
+        Or the lookups are those of an answer to ``request`` that the kernel never got.
+        """
+        self.ledger.add(Kind.FORGET, request, ino, count)
         inode = self._known(ino)
         if inode is None:
             return

@@ -13,6 +13,7 @@ import os
 import signal
 import stat
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
@@ -127,22 +128,24 @@ class Operations(pyfuse3.Operations):
 
         Lookups are taken back afterwards: an inode that has no name would else be gone before it is asked for.
         """
-        lookups: list[tuple[InodeNumber, int]] = []
+        lookups: Counter[InodeNumber] = Counter()
         for record in self._unanswered.pop(request, ()):
             if record.kind is Kind.OPEN and record.b in self._files:
                 self._close(record.b)
             elif record.kind is Kind.ALIAS:
                 self.namespace.drop_alias(InodeNumber(record.b), record.payload)
             elif record.kind is Kind.LOOKUP:
-                lookups.append((InodeNumber(record.b), record.c))
+                lookups[InodeNumber(record.b)] += record.c
             elif record.kind is Kind.LOOKUPS:
-                lookups.extend((InodeNumber(ino), 1) for ino in inode_numbers(record.payload))
+                lookups.update(map(InodeNumber, inode_numbers(record.payload)))
+            elif record.kind is Kind.FORGET:  # taken back by a daemon that died of the same request
+                lookups[InodeNumber(record.b)] -= record.c
             elif record.kind is Kind.UNALIAS:
                 self._unaliased.add(request)
 
         def take_back() -> None:
-            for ino, count in lookups:
-                self.namespace.forget(ino, count)
+            for ino, count in lookups.items():
+                self.namespace.forget(ino, count, request)
 
         return take_back
 
@@ -762,17 +765,16 @@ class Operations(pyfuse3.Operations):
     def _command(self, file: VirtualHandle, command: bytes) -> int:
         if len(command) > virtual.MAX_COMMAND:
             raise FileError(errno.E2BIG)
-        if self._done_before():
-            return len(command)
         source, parent, name = virtual.parse_clone(command)
         caller = Caller(file.uid, file.gid, file.pid, lambda: set(pyfuse3.get_sup_groups(file.pid)))
         space = self.namespace
         directory = space.walk(parent, caller)
-        self._check_parent(directory.ino, name)
-        top = space.walk(source, caller)
-        space.let_go(space.clone(top, directory.ino, name, caller))
-        for inode in (top, directory):
-            space.let_go(inode)
+        if not self._done_before():
+            self._check_parent(directory.ino, name)
+            top = space.walk(source, caller)
+            space.let_go(space.clone(top, directory.ino, name, caller))
+            space.let_go(top)
+        space.let_go(directory)
         # The kernel did not see that: it would show the old link count and mtime for minutes.
         with contextlib.suppress(OSError):  # it may have forgotten the directory
             pyfuse3.invalidate_inode(directory.ino, attr_only=True)
