@@ -112,8 +112,7 @@ class Daemon:
             )
             session = Session(self.operations, request.mountpoint, request.options, kept.get("fuse"))
             if kept:
-                session.go_on(held.init)
-                supervision.asks_again = session.resent == 0
+                session.go_on(held.init, ledger.requests)
                 log.warning("%s; going on at %s", self.go.why, request.mountpoint)
             else:
                 for name, fd in (("lock", store.lock.fd), ("ledger", ledger.fd), ("fuse", session.fd)):

@@ -10,6 +10,7 @@ the answer: then what the records say is taken back (``Held.by_request``).
 
     header   magic, version; at byte 16 the offset of the log's end
     log      in one of two areas, changing sides when it is made anew without what has become void
+    requests those that are not answered yet, on kernels that cannot be asked for them
 
     record   length of the payload, kind, four numbers, payload
 """
@@ -31,6 +32,8 @@ _HEADER: Final = struct.Struct("<8sQ")
 _END: Final = 2  # index of the u64 that holds the end
 #: Bytes of one area. Addresses only: memory is used as far as the log reaches.
 _AREA: Final = 1 << 30
+#: Bytes for requests that the kernel cannot be asked for again. Addresses too.
+_REQUESTS: Final = 288 << 20
 _RECORD: Final = struct.Struct("<IIQQQQ")
 #: A log that grew by so much is made anew.
 _GROWN: Final = 1 << 20
@@ -80,9 +83,12 @@ class Ledger:
         """A new one, or that of a daemon before. Raises StoreVersion for one that this program cannot read."""
         fresh = fd is None
         self.fd = os.memfd_create("ramfs-ledger") if fd is None else fd
+        length = mmap.PAGESIZE + 2 * _AREA + _REQUESTS
         if fresh:
-            os.ftruncate(self.fd, mmap.PAGESIZE + 2 * _AREA)
-        self._memory = mmap.mmap(self.fd, mmap.PAGESIZE + 2 * _AREA)
+            os.ftruncate(self.fd, length)
+        self._memory = mmap.mmap(self.fd, length)
+        self.requests = memoryview(self._memory)[-_REQUESTS:]
+        """memory for requests that are not answered yet (ramfs/fuse/_mirror.c)"""
         self._words = memoryview(self._memory).cast("Q")
         if fresh:
             _HEADER.pack_into(self._memory, 0, MAGIC, VERSION)

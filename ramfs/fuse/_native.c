@@ -27,9 +27,12 @@
 #include <linux/fuse.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
+
+#include "_mirror.h"
 
 enum { PAGE = 4096 };
 enum { ON_READ, ON_MAP, ON_WRITE, ON_COPY, ON_IOCTL, ON_RAW, ON_FALLOCATE, ON_LSEEK, HANDLERS };
@@ -53,6 +56,8 @@ static unsigned long long unique;            /* of the request that is being, or
 static uint32_t xattr_flags;                 /* of the last SETXATTR */
 static char init_request[256];               /* INIT as the kernel sent it */
 static int initialising, replaying;          /* its reply is to be edited; to be thrown away */
+static int again;                            /* the request under way was read by the daemon before */
+static Py_buffer mirror;                     /* where requests are kept (_mirror.c); without memory where none are */
 static struct { uint64_t fh; uint32_t flags; int32_t backing; } marked; /* what the next reply to an OPEN bears too */
 static int opening;                                                     /* that reply is on its way */
 
@@ -317,6 +322,8 @@ static void on_init(void *userdata, struct fuse_conn_info *conn)
     negotiated = *conn;
 }
 
+static int make_inbox(void);
+
 static int resolve(void)
 {
     void *fuse = dlopen("libfuse3.so.3", RTLD_NOW | RTLD_NOLOAD);
@@ -327,7 +334,8 @@ static int resolve(void)
     real_process_buf = dlsym(fuse, "fuse_session_process_buf");
     real_reply_open = dlsym(fuse, "fuse_reply_open");
     real_reply_create = dlsym(fuse, "fuse_reply_create");
-    return real_session_new && real_receive_buf && real_process_buf && real_reply_open && real_reply_create ? 0 : -1;
+    return real_session_new && real_receive_buf && real_process_buf && real_reply_open && real_reply_create ? make_inbox()
+                                                                                                            : -1;
 }
 
 __attribute__((visibility("default"))) struct fuse_session *
@@ -375,7 +383,7 @@ static void note_init(const struct fuse_in_header *request)
 /* Remember of a request what handlers may ask for. */
 static void note(const struct fuse_in_header *request)
 {
-    unique = request->unique;
+    unique = request->unique | (again ? 1ULL << 63 : 0); /* as the kernel marks those that it sends again */
     if (request->opcode == FUSE_SETXATTR)
         xattr_flags = ((const struct fuse_setxattr_in *)(request + 1))->flags;
     if (request->opcode == FUSE_INIT && request->len <= sizeof init_request)
@@ -424,28 +432,54 @@ static void translate(struct fuse_in_header *in)
         in->opcode = FUSE_CREATE;
 }
 
+/* Where requests are read to. It is there before the first one: the kernel fails a request with EIO if the daemon is
+ * killed while the kernel has to bring in memory to copy it to. */
+static struct fuse_buf inbox;
+enum { INBOX = (1 << 20) + PAGE }; /* libfuse's own size: the largest WRITE and its header */
+
+static int make_inbox(void)
+{
+    void *memory = mmap(NULL, INBOX, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+    inbox.mem = memory == MAP_FAILED ? NULL : memory;
+    return inbox.mem ? 0 : -1;
+}
+
+/* Give a request to pyfuse3, in memory that pyfuse3 frees. */
+static int hand_out(struct fuse_buf *buf, int length)
+{
+    void *memory = realloc(buf->mem, (size_t)length);
+    if (memory == NULL)
+        return -ENOMEM;
+    buf->mem = memcpy(memory, inbox.mem, (size_t)length);
+    buf->size = (size_t)length;
+    buf->flags = 0;
+    return length;
+}
+
 __attribute__((visibility("default"))) int fuse_session_receive_buf(struct fuse_session *se, struct fuse_buf *buf)
 {
     static int close_together;
     static long long done; /* when the last request was answered */
+    if (se != session)
+        return real_receive_buf(se, buf);
     for (unsigned n = 0;; n++) {
-        int res = real_receive_buf(se, buf);
+        int res = real_receive_buf(se, &inbox);
         if (res == -EAGAIN && n > 0 && close_together) {
             long long until = done + spin_ns;
             do
-                res = real_receive_buf(se, buf);
+                res = real_receive_buf(se, &inbox);
             while (res == -EAGAIN && now_ns() < until);
         }
         if (res == -EAGAIN) /* the descriptor does not block; pyfuse3 waits again after EINTR */
             return -EINTR;
-        if (res <= 0 || se != session || buf->flags & FUSE_BUF_IS_FD)
+        if (res <= 0)
             return res;
-        struct fuse_in_header *in = buf->mem;
+        struct fuse_in_header *in = inbox.mem;
         PyObject *raw = NULL;
         note(in);
         if (!answers(in->opcode) && !(raw = raw_handler(in->opcode))) {
             translate(in);
-            return res;
+            return hand_out(buf, res);
         }
         /* Look for the next one only while they come close together, or an idle guest would cost a core. */
         close_together = spin_ns && now_ns() - done < 2 * spin_ns;
@@ -453,7 +487,7 @@ __attribute__((visibility("default"))) int fuse_session_receive_buf(struct fuse_
         if (raw)
             answer_raw(in, raw);
         else
-            real_process_buf(se, buf);
+            real_process_buf(se, &inbox);
         current = NULL;
         answered++;
         done = now_ns();
@@ -558,13 +592,15 @@ static ssize_t reply_writev(int fd, struct iovec *iov, int count, void *userdata
             length += (ssize_t)iov[i].iov_len;
         return length;
     }
-    return writev(fd, iov, count);
+    return mirror.buf ? mirror_writev(fd, iov, count) : writev(fd, iov, count);
 }
 
 static ssize_t request_read(int fd, void *buffer, size_t size, void *userdata)
 {
     (void)userdata;
-    return read(fd, buffer, size);
+    if (size > INBOX)
+        size = INBOX;
+    return mirror.buf ? mirror_read(fd, buffer, size, &again) : read(fd, buffer, size);
 }
 
 static PyObject *py_edit_init(PyObject *self, PyObject *none)
@@ -616,6 +652,29 @@ static PyObject *py_resend(PyObject *self, PyObject *none)
     return PyLong_FromLong(written == (ssize_t)sizeof out ? 0 : session == NULL ? -EINVAL : -errno);
 }
 
+static PyObject *py_resends(PyObject *self, PyObject *none)
+{
+    enum { HAS_RESEND = 1 << 7 /* of flags2 */ };
+    const struct fuse_in_header *request = (const void *)init_request;
+    const struct fuse_init_in *init = (const void *)(request + 1);
+    (void)self;
+    (void)none;
+    return PyBool_FromLong(request->len >= sizeof *request + sizeof *init && init->flags & INIT_EXT &&
+                           init->flags2 & HAS_RESEND);
+}
+
+static PyObject *py_mirror(PyObject *self, PyObject *args)
+{
+    Py_buffer memory;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "w*", &memory))
+        return NULL;
+    if (mirror.buf)
+        PyBuffer_Release(&mirror);
+    mirror = memory; /* as long as there is a session */
+    return PyLong_FromUnsignedLong(mirror_start(mirror.buf, (size_t)mirror.len, fuse_session_fd(session)));
+}
+
 static PyObject *py_xattr_flags(PyObject *self, PyObject *none)
 {
     (void)self;
@@ -651,6 +710,9 @@ static PyMethodDef methods[] = {
     {"xattr_flags", py_xattr_flags, METH_NOARGS, "XATTR_CREATE or XATTR_REPLACE of a SETXATTR: ask at its handler's start."},
     {"init_request", py_init_request, METH_NOARGS, "The kernel's INIT request, empty before it came."},
     {"replay_init", py_replay_init, METH_VARARGS, "Let libfuse have the INIT request of a connection that is taken over."},
+    {"resends", py_resends, METH_NOARGS, "Whether the kernel can be asked for unanswered requests, as its INIT says."},
+    {"mirror", py_mirror, METH_VARARGS,
+     "Keep unanswered requests in this memory from now on; returns how many the daemon before left there."},
     {"resend", py_resend, METH_NOARGS, "Ask for the unanswered requests of the daemon before; 0 or -errno."},
     {"session_fd", py_session_fd, METH_NOARGS, "The descriptor of the session that pyfuse3 made, -1 if it made none here."},
     {"edit_init", py_edit_init, METH_NOARGS, "Complete the INIT reply; call after pyfuse3.init. Returns 0 or -errno."},

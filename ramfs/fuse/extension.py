@@ -35,4 +35,9 @@ native = _load()
 
 import pyfuse3  # noqa: E402  (its place here is the point of this module)
 
-__all__ = ["native", "pyfuse3"]
+__all__ = ["kernel_resends", "native", "pyfuse3"]
+
+
+def kernel_resends() -> bool:
+    """Can the kernel be asked for unanswered requests (Linux 6.9)? For tests an environment variable says no."""
+    return bool(native.resends()) and not os.environ.get("RAMFS_NO_RESEND")

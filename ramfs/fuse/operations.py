@@ -22,7 +22,7 @@ import trio
 from ramfs.errors import FileError, RamfsError
 from ramfs.fuse import fileattr, statx, virtual
 from ramfs.fuse.answers import answered, errno_of, request_of
-from ramfs.fuse.extension import native, pyfuse3
+from ramfs.fuse.extension import kernel_resends, native, pyfuse3
 from ramfs.fuse.flush import Flusher
 from ramfs.fuse.handles import FileHandle, VirtualHandle
 from ramfs.fuse.passthrough import FOPEN_PASSTHROUGH, Passthrough
@@ -788,6 +788,8 @@ class Operations(pyfuse3.Operations):
         """INIT; the extension has set the limits."""
         if not self._has_init:
             self.ledger.add(Kind.INIT, payload=native.init_request())
+            if not kernel_resends():
+                native.mirror(self.ledger.requests)
 
 
 def _sought(found: int, size: int, whence: int) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import logging
 import os
 import select
 import sys
@@ -10,8 +11,10 @@ from typing import Final
 
 from ramfs.errors import MountError
 from ramfs.fuse import statx
-from ramfs.fuse.extension import native, pyfuse3
+from ramfs.fuse.extension import kernel_resends, native, pyfuse3
 from ramfs.fuse.operations import Operations
+
+log = logging.getLogger(__name__)
 
 #: Requests that the kernel may have under way for reading ahead and writing back.
 MAX_BACKGROUND: Final = 64
@@ -90,14 +93,21 @@ class Session:
             raise MountError("libfuse refused to let ramfs complete the INIT reply: install libfuse 3.13 to 3.16")
         os.set_blocking(fd, False)  # the extension reads until there is nothing more
         self.fd = fd
-        self.resent = 0
-        """0, or the errno for which the kernel did not ask unanswered requests again"""
 
-    def go_on(self, init: bytes) -> None:
-        """Settle what the daemon before settled by the INIT request ``init``, ask for what it left unanswered."""
+    def go_on(self, init: bytes, kept: memoryview) -> int:
+        """Settle what the daemon before settled by the INIT request ``init``, get what it left unanswered.
+
+        From the kernel; from the memory ``kept`` where the kernel cannot do that. Returns how many were there.
+        """
         if init:
             native.replay_init(init)
-        self.resent = -native.resend()
+            if not kernel_resends():
+                left: int = native.mirror(kept)
+                return left
+        refused = native.resend()
+        if refused:
+            log.warning("requests under way are lost: %s", os.strerror(-refused))
+        return 0
 
     @staticmethod
     async def serve() -> None:

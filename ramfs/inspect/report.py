@@ -42,8 +42,6 @@ class Supervision:
     """of those, how many died"""
     why: str
     """why this one took over; empty for the first"""
-    asks_again: bool | None = None
-    """whether the kernel asked again what the one before had not answered; None for the first"""
 
 
 @dataclass(slots=True)

@@ -38,8 +38,9 @@ YIELDED: Final = 75
 CRASHES, WINDOW = 8, 10.0
 #: Deaths within WINDOW after which the next daemon still starts at once; then it waits, longer each time.
 PATIENT, FIRST_WAIT = 3, 0.1
-#: Seconds that a daemon serves before another is started to stand by, and between attempts when that fails.
-STANDBY_AFTER, STANDBY_AGAIN = 3.0, 60.0
+#: Seconds that a daemon serves before another is started to stand by: the first of a mount, which may be a short one;
+#: later ones. And between attempts when that fails.
+STANDBY_AFTER, STANDBY_SOON, STANDBY_AGAIN = 3.0, 0.2, 60.0
 #: Seconds that a new daemon may take to import everything, and a yielding one to end.
 WARM_TIMEOUT, YIELD_TIMEOUT = 60.0, 3.0
 #: Seconds that a killed daemon may take to be gone.
@@ -273,7 +274,7 @@ class Supervisor:
         if self.listener is None:
             self.listen()
         notify("READY=1\nSTATUS=Serving " + self.settings.mountpoint)
-        self.standby_at = time.monotonic() + STANDBY_AFTER
+        self.standby_at = time.monotonic() + (STANDBY_SOON if self.starts > 1 else STANDBY_AFTER)
         self.answer_waiting({"done": {"pid": child.pid, "version": version}})
 
     def ended(self, child: Child) -> None:
