@@ -35,7 +35,9 @@ log = logging.getLogger(__name__)
 
 #: Seconds after which what was written is on disk, as with other file systems.
 CHECKPOINT: Final = 30.0
-#: Seconds between looks for layers to digest, and for garbage.
+#: ... and bytes: what was written stays in the page cache of a store on disk until it is synced.
+WRITE_BEHIND: Final = 256 << 20
+#: Seconds between looks for layers to digest, garbage, and pages that can leave the store's page cache.
 HOUSEKEEPING: Final = 1.0
 #: Seconds after which a busy worker thread lets the loop have the interpreter. Python's 5 ms are many faults.
 SWITCH_INTERVAL: Final = 0.0005
@@ -161,6 +163,8 @@ class Daemon:
             )
         nursery.start_soon(self._keep_house)
         nursery.start_soon(self._checkpoint)
+        if self.pager.layers.drops:
+            nursery.start_soon(self._drop_behind)
         if not self.go.kept:
             log.info("mounted %s at %s", self.request.store, self.request.mountpoint)
         self.link.ready(ramfs.__version__)
@@ -251,13 +255,28 @@ class Daemon:
                 await trio.sleep(CHECKPOINT)
 
     async def _checkpoint(self) -> None:
-        """Nothing stays in memory only for longer than CHECKPOINT."""
+        """Nothing stays in memory only for longer than CHECKPOINT, nor more than WRITE_BEHIND."""
+        counters = self.observer.counters
+        most = WRITE_BEHIND if self.pager.layers.drops else sys.maxsize
         while True:
-            await trio.sleep(CHECKPOINT)
+            before = counters.written_bytes
+            with trio.move_on_after(CHECKPOINT):
+                while counters.written_bytes - before < most:  # noqa: ASYNC110  (an event would cost every WRITE)
+                    await trio.sleep(HOUSEKEEPING)
             try:
                 await self.pager.sync()
             except Exception as exc:  # noqa: BLE001  (as above)
                 _tell("the store could not be synced, will try again", exc)
+
+    async def _drop_behind(self) -> None:
+        """A page that the kernel keeps for the mount is not kept for the store too."""
+        while True:
+            await trio.sleep(HOUSEKEEPING)
+            try:
+                self.observer.counters.dropped_pages += await self.pager.drop_behind()
+            except Exception as exc:  # noqa: BLE001  (as above)
+                _tell("pages cannot leave the store's page cache", exc)
+                await trio.sleep(CHECKPOINT)
 
 
 def _not_native(request: MountRequest) -> str:

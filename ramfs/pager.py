@@ -20,9 +20,10 @@ import trio
 from ramfs.errors import FileError
 from ramfs.image.pages import Buffer, is_zero, nonzero_pages, span
 from ramfs.image.table import Entries, equal_runs, runs_of
+from ramfs.store import behind
 from ramfs.store.garbage import Pass
 from ramfs.store.images import Image
-from ramfs.store.layers import Addresses, Layer
+from ramfs.store.layers import Layer, Places
 from ramfs.store.store import Store
 from ramfs.units import MAX_FILE_SIZE, PAGE, PAGE_SHIFT, ZERO, LayerId, pages
 
@@ -35,7 +36,7 @@ _ZERO_AT_ONCE: Final = 1 << 14
 _SETTLED_AT_ONCE: Final = 16
 
 #: Table entries of the pages that a range touches, the range's first and last byte, and where layers are mapped.
-Plan = tuple[Entries, int, int, Addresses, Addresses]
+Plan = tuple[Entries, int, int, Places]
 
 
 class Pager:
@@ -60,7 +61,7 @@ class Pager:
             return None
         layers = self.layers
         layers.retired.clear()
-        return image.table.entries[offset >> PAGE_SHIFT : pages(end)], offset, end, layers.bases, layers.limits
+        return image.table.entries[offset >> PAGE_SHIFT : pages(end)], offset, end, layers.places
 
     def copy_out(self, image: Image, offset: int, length: int) -> bytes:
         """A copy of the bytes, by pread(2): an unreadable page is OSError here, not a signal."""
@@ -433,6 +434,14 @@ class Pager:
         async with self._sync_lock:  # a ".new" file may be in the making
             self.store.remove_strays(files)
 
+    async def drop_behind(self) -> int:
+        """Let what the kernel keeps for the mount leave the store's page cache; the number of pages."""
+        if self.images.doubtful:  # written by a daemon that was killed, and perhaps not on disk
+            return 0
+        async with self._sync_lock:  # while one runs, nobody knows whether what it took reaches the disk
+            found = self.layers.take_behind(self.images.shared)
+        return await trio.to_thread.run_sync(behind.drop, found) if found else 0
+
     def has_garbage(self) -> bool:
         """Is there something for :meth:`collect` to look at?"""
         return bool(self.images.replaced or self.images.doomed) and not self.images.doubtful
@@ -468,8 +477,10 @@ class Pager:
 
     async def digest(self, layer: Layer) -> None:
         """Make the digests of a sealed layer."""
-        await trio.to_thread.run_sync(self.layers.write_digests, layer.id)
+        read = await trio.to_thread.run_sync(self.layers.write_digests, layer.id)
         if layer.id in self.layers.by_id:
             with self.store.catalog.transaction():
                 self.store.catalog.execute("UPDATE layers SET digested = 1 WHERE id = ?", layer.id)
             layer.digested = True
+            if self.layers.drops:
+                self.layers.note_behind(read)

@@ -87,11 +87,26 @@ static int error_of(PyObject *answer)
     return value < 0 && value > -4096 ? (int)-value : 0;
 }
 
+/* Which pages of a layer's file the kernel was handed; HandedMarks of ramfs/store/behind.py. */
+enum { CHUNK_SHIFT = 10 };
+struct marks {
+    uint64_t pages;  /* the address of a byte for each page, ... */
+    uint64_t chunks; /* ... and of one for each chunk of them */
+    uint64_t set;    /* grows when some are set */
+};
+
+/* Where the pages of a layer are; a row of Layers.places. */
+struct place {
+    uint64_t base;  /* the address at which page 0 would lie, 0 if not mapped */
+    uint64_t limit; /* pages from 0 on that the mapping reaches */
+    uint64_t marks; /* the address of a struct marks, 0 if nobody asks */
+    int64_t shift;  /* page i is page i + shift of the file */
+};
+
 /* What a READ handler returns for a file: where its pages are. */
 struct plan {
     Py_buffer entries; /* uint32 for each page of the range: its layer, 0 for zeros */
-    Py_buffer bases;   /* uint64 for each layer: the address at which page 0 would lie, 0 if not mapped */
-    Py_buffer limits;  /* uint64 for each layer: pages from 0 on that the mapping reaches */
+    Py_buffer places;  /* a struct place for each layer */
     long long offset, end;
 };
 
@@ -101,9 +116,9 @@ static char zeros[1 << 20]; /* never written: .bss costs no memory */
 /* The address of a page, after asking for its layer to be mapped if need be; NULL with *error set. */
 static const char *address_of(const struct plan *plan, uint32_t layer, uint64_t page, int *error)
 {
-    const uint64_t *bases = plan->bases.buf, *limits = plan->limits.buf;
-    if (layer < plan->bases.len / sizeof *bases && bases[layer] && page < limits[layer])
-        return (const char *)(uintptr_t)(bases[layer] + page * PAGE);
+    const struct place *place = (const struct place *)plan->places.buf + layer;
+    if (layer < plan->places.len / sizeof *place && place->base && page < place->limit)
+        return (const char *)(uintptr_t)(place->base + page * PAGE);
     PyObject *answer = PyObject_CallFunction(handlers[ON_MAP], "IK", layer, (unsigned long long)page);
     unsigned long long address = answer != NULL && PyLong_Check(answer) ? PyLong_AsUnsignedLongLong(answer) : 0;
     *error = error_of(answer);
@@ -112,6 +127,20 @@ static const char *address_of(const struct plan *plan, uint32_t layer, uint64_t 
     PyErr_Clear();
     Py_XDECREF(answer);
     return *error ? NULL : (const char *)(uintptr_t)address;
+}
+
+/* Note that pages of a layer are handed to the kernel, which keeps them from now on. (One that was mapped for this
+ * very request, into a larger table of places, is noted the next time.) */
+static void mark(const struct plan *plan, uint32_t layer, uint64_t page, uint64_t run)
+{
+    const struct place *place = (const struct place *)plan->places.buf + layer;
+    if (layer >= plan->places.len / sizeof *place || !place->marks || page + run > place->limit)
+        return;
+    struct marks *marks = (struct marks *)(uintptr_t)place->marks;
+    uint64_t first = page + (uint64_t)place->shift, last = first + run - 1;
+    memset((char *)(uintptr_t)(marks->pages + first), 1, run);
+    memset((char *)(uintptr_t)(marks->chunks + (first >> CHUNK_SHIFT)), 1, (last >> CHUNK_SHIFT) - (first >> CHUNK_SHIFT) + 1);
+    marks->set += run;
 }
 
 /* The pieces of memory that hold the range of a plan; returns their number, or -errno. */
@@ -137,6 +166,7 @@ static int gather(const struct plan *plan, struct iovec *iov)
             if (at == NULL)
                 return -error;
             at += start - (high - PAGE);
+            mark(plan, entries[i], first + i, run);
         }
         iov[count].iov_base = (void *)at;
         iov[count++].iov_len = (size_t)(stop - start);
@@ -157,7 +187,7 @@ static void on_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset, s
     else if (answer != NULL && PyBytes_Check(answer))
         fuse_reply_buf(req, PyBytes_AS_STRING(answer), (size_t)PyBytes_GET_SIZE(answer));
     else if (answer == NULL || !PyTuple_Check(answer) ||
-             !PyArg_ParseTuple(answer, "y*LLy*y*", &plan.entries, &plan.offset, &plan.end, &plan.bases, &plan.limits))
+             !PyArg_ParseTuple(answer, "y*LLy*", &plan.entries, &plan.offset, &plan.end, &plan.places))
         fuse_reply_err(req, broken(ON_READ, answer));
     else {
         int count = gather(&plan, iov);
@@ -167,8 +197,7 @@ static void on_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset, s
         else
             fuse_reply_iov(req, iov, count);
         PyBuffer_Release(&plan.entries);
-        PyBuffer_Release(&plan.bases);
-        PyBuffer_Release(&plan.limits);
+        PyBuffer_Release(&plan.places);
     }
     Py_XDECREF(answer);
 }

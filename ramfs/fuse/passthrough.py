@@ -59,6 +59,7 @@ class Passthrough:
         """why no more files become native on this mount, if there is a reason"""
         self._layers = layers
         self._backings: dict[LayerId, _Backing] = {}
+        layers.native = self._backings.keys()
         self._layer_of: dict[HandleId, LayerId] = {}
 
     def is_native(self, inode: Inode) -> bool:
@@ -147,6 +148,7 @@ class Passthrough:
         knows any more leaks until the mount is gone.
         """
         self._backings = {layer: _Backing(number, set()) for layer, number in backings}
+        self._layers.native = self._backings.keys()
         self._layer_of = dict(handles)
         for handle, layer in self._layer_of.items():
             self._backings[layer].handles.add(handle)

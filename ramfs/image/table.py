@@ -23,7 +23,7 @@ Mask = NDArray[np.bool_]
 CHUNK_SHIFT: Final = 10
 #: Pages for each chunk of a table.
 CHUNK: Final = 1 << CHUNK_SHIFT
-_NORESERVE: Final = 0x4000  # MAP_NORESERVE, which Python has from 3.12 on
+NORESERVE: Final = 0x4000  # MAPNORESERVE, which Python has from 3.12 on
 _SLICE: Final = 1 << 16
 """Entries that a search looks at in one go: it needs no more memory than that, and stops early."""
 ENTRY: Final = 4
@@ -80,7 +80,7 @@ class PageTable:
         size = chunks * CHUNK * ENTRY
         if memory is None:
             # NORESERVE: the table of a sparse file of terabytes may exceed the machine's memory.
-            memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
+            memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
         else:
             del old
             memory.resize(size)  # mremap: moves page table entries, not bytes

@@ -20,3 +20,4 @@ class Counters:
     syncs: int = 0
     errors: int = 0
     garbage_passes: int = 0
+    dropped_pages: int = 0

@@ -23,6 +23,19 @@ _fallocate = _libc.fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _fallocate.restype = ctypes.c_int
 
+_statfs = _libc.statfs
+_statfs.argtypes = (ctypes.c_char_p, ctypes.c_char_p)
+_TMPFS, _RAMFS = 0x01021994, 0x858458F6  # linux/magic.h
+
+
+def is_memory(path: str) -> bool:
+    """Is it on a file system that has its files in the page cache and nowhere else?"""
+    facts = ctypes.create_string_buffer(512)  # struct statfs, which is smaller; its first word tells the kind
+    if _statfs(os.fsencode(path), facts):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), path)
+    return ctypes.c_long.from_buffer(facts).value in (_TMPFS, _RAMFS)
+
 
 def punch_hole(fd: int, offset: int, length: int) -> bool:
     """Give the space of a byte range back; it reads as zeros afterwards.

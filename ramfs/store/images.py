@@ -14,6 +14,7 @@ import contextlib
 import os
 import struct
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
@@ -23,6 +24,7 @@ import xxhash
 
 from ramfs.errors import StoreDamaged
 from ramfs.image.table import ENTRY, Entries, PageTable
+from ramfs.store.behind import Behind
 from ramfs.store.catalog import Catalog
 from ramfs.store.files import data_extents, read_exactly, sync_data, sync_directory, write_all
 from ramfs.store.layers import Layer, Layers
@@ -249,6 +251,9 @@ class SyncJob:
     undo: list[Callable[[], None]] = field(default_factory=list)
     images: list[Image] = field(default_factory=list)
     """in use until the end: were one closed meanwhile, nobody would know that it is not synced if this fails"""
+    written: list[Behind] = field(default_factory=list)
+    """pages that are on disk when it has succeeded"""
+    done: bool = False
 
     def run(self) -> None:
         """First the pages, then the catalog, then the tables, which name layers that must be there by then.
@@ -279,14 +284,22 @@ class SyncJob:
                 os.rename(path + ".new", path)
         if self.table_names is not None:
             sync_directory(self.table_names)
+        self.done = True
 
     def close(self) -> None:
         """Let go of the images; always call it, on the loop."""
+        for written in self.written if self.done else ():
+            self.owner.layers.note_behind(written)
         for image in self.images:
             self.owner.release(image)
 
     def failed(self) -> None:
-        """Mark everything as not synced again."""
+        """Mark everything as not synced again.
+
+        A page that could not be written counts as clean for the kernel, though the disk has another: only memory
+        has it right, and there it stays.
+        """
+        self.owner.layers.undroppable.update(layer.id for layer, _ in self.layers)
         for step in self.undo:
             step()
 
@@ -482,6 +495,19 @@ class Images:
         wanted[[number for number in layers if number < len(wanted)]] = True
         return [image for image, record in records if wanted[record].any()]
 
+    def shared(self, layers: set[LayerId]) -> set[LayerId]:
+        """Those of some layers that more than one image may name, of the images that take writes or are open."""
+        rows = self.catalog.execute("SELECT layers FROM images WHERE NOT frozen").fetchall()
+        records = [row["layers"] for row in rows]
+        records += [pack_layers(image.layers) for image in self._open.values() if image.frozen and image.users]
+        numbers, users = np.unique(np.frombuffer(b"".join(records), "<u4"), return_counts=True)
+        named = Counter[LayerId]()
+        for number, count in zip(numbers.tolist(), users.tolist(), strict=True):
+            layer = self.layers.by_id.get(number)
+            if layer is not None and layer.base in layers:
+                named[layer.base] += count
+        return {number for number, count in named.items() if count > 1}
+
     def forget_layers(self, gone: set[LayerId], users: Iterable[ImageId]) -> None:
         """Strike layers that no table names from the records of ``users``. In a transaction."""
         for number in users if gone else ():
@@ -540,6 +566,9 @@ class Images:
             layer = self.layers[number]
             job.layers.append((layer, self.layers.path(number)))
             self.unsynced.discard(number)
+            written = self.layers.take_written(number)
+            if written is not None:
+                job.written.append(written)
             job.undo.append(lambda number=number: self.unsynced.add(number))  # type: ignore[misc]
             if number in self.layers.unsynced_names:
                 job.layer_names = self.layers.directory

@@ -13,6 +13,7 @@ import contextlib
 import mmap
 import os
 from collections import OrderedDict
+from collections.abc import Callable, Collection
 from typing import Final
 
 import numpy as np
@@ -21,16 +22,27 @@ from numpy.typing import NDArray
 from ramfs.errors import StoreDamaged
 from ramfs.image.digest import DIGEST, digest_pages
 from ramfs.image.pages import Buffer
+from ramfs.store.behind import Behind, HandedMarks, Marks
 from ramfs.store.catalog import Catalog
-from ramfs.store.files import data_extents, is_open_elsewhere, punch_hole, read_exactly, sync_directory, write_all
-from ramfs.units import LOST, MAX_FILE_SIZE, PAGE, PAGE_SHIFT, LayerId
+from ramfs.store.files import (
+    data_extents,
+    is_memory,
+    is_open_elsewhere,
+    punch_hole,
+    read_exactly,
+    sync_directory,
+    write_all,
+)
+from ramfs.units import LOST, MAX_FILE_SIZE, PAGE, PAGE_SHIFT, LayerId, pages
 
 #: Layer files kept open and mapped at most; the least recently used are closed beyond it.
 OPEN_LAYERS: Final = 2048
 #: Bytes of layer files mapped at most, as there are 128 TiB of addresses. A layer is mapped in the size of its
 #: image, so a thousand generations of a large guest come to that.
 MAPPED: Final = 32 << 40
-Addresses = NDArray[np.uint64]
+Places = NDArray[np.uint64]
+#: Columns of Layers.places; `struct place` of the extension.
+BASE, LIMIT, MARKS, SHIFT = range(4)
 _DIGEST_BATCH: Final = 128  # pages hashed before other threads get their turn: about 60 us
 
 
@@ -41,9 +53,9 @@ class LayerFile:
     mapping is only ever handed to the kernel (writev), for which an unreadable page is EFAULT.
     """
 
-    __slots__ = ("end", "fd", "mapped_as", "path", "size", "view", "writable")
+    __slots__ = ("end", "fd", "handed", "mapped_as", "marks", "path", "size", "view", "writable", "written")
 
-    def __init__(self, path: str, *, writable: bool, create: bool = False) -> None:
+    def __init__(self, path: str, *, writable: bool, create: bool = False, marks: bool = False) -> None:
         flags = os.O_RDWR if writable else os.O_RDONLY
         if create:
             flags |= os.O_CREAT | os.O_TRUNC
@@ -58,7 +70,13 @@ class LayerFile:
         """nothing was ever written behind this byte"""
         self.view: memoryview | None = None
         self.mapped_as: set[LayerId] = set()
-        """layers whose base address (Layers.bases) points into the mapping"""
+        """layers whose place (Layers.places) is in the mapping"""
+        self.marks = marks
+        """is it noted which pages the kernel was handed, and gave?"""
+        self.handed: HandedMarks | None = None
+        """pages that were read from the mapping; set by the extension"""
+        self.written: Marks | None = None
+        """pages that were written since the last sync began"""
 
     def map(self, end: int) -> memoryview:
         """The file's bytes as memory, at least up to byte ``end``.
@@ -71,6 +89,9 @@ class LayerFile:
             if end > self.size:
                 raise StoreDamaged(f"layer file {self.path} is shorter than its pages; run `ramfs fsck`")
             self.view = memoryview(mmap.mmap(self.fd, self.size, mmap.MAP_SHARED, mmap.PROT_READ))
+            if self.marks:
+                before = None if self.handed is None else self.handed.marks
+                self.handed = HandedMarks(Marks(pages(self.size), before))
         return self.view
 
     def extend(self, size: int) -> None:
@@ -92,6 +113,11 @@ class LayerFile:
         if end > self.size:
             self.extend(min(max(end, 2 * self.size), MAX_FILE_SIZE))
         self.end = max(self.end, end)
+        if self.marks:
+            stop = pages(end)
+            if self.written is None or stop > len(self.written):
+                self.written = Marks(pages(self.size), self.written)
+            self.written.set(offset >> PAGE_SHIFT, stop)
         write_all(self.fd, data, offset)
 
     def read(self, offset: int, length: int) -> bytes:
@@ -149,12 +175,20 @@ class Layers:
         """layers whose files are new since the directory was last synced"""
         self._aliases: dict[tuple[LayerId, int], Layer] = {}
         self._files: OrderedDict[LayerId, LayerFile] = OrderedDict()
-        self.bases: Addresses = np.zeros(64, np.uint64)
-        """for each layer, the address of its page 0 in memory, 0 if it is not mapped"""
-        self.limits: Addresses = np.zeros(64, np.uint64)
-        """for each layer, the number of pages from 0 on that its mapping reaches"""
-        self.retired: list[memoryview] = []
-        """mappings that were replaced during a read, which may have gathered addresses in them: kept until the next"""
+        self.places: Places = np.zeros((64, 4), np.uint64)
+        """for each layer: BASE, the address of its page 0 in memory, 0 if it is not mapped; LIMIT, the number of pages
+        from 0 on that its mapping reaches; MARKS, the address of its file's LayerFile.handed, 0 if there is none;
+        SHIFT, how much further on a page lies in that file (int64)"""
+        self.retired: list[memoryview | HandedMarks | None] = []
+        """mappings and marks that were replaced during a read, which may have addresses in them: kept until the next"""
+        self.drops = not is_memory(directory)
+        """can pages leave the page cache of the store? (On tmpfs they are nowhere else.)"""
+        self._behind: dict[LayerId, Behind] = {}
+        """pages on disk that the kernel keeps for the mount"""
+        self.native: Collection[LayerId] = ()
+        """layers that the kernel serves by itself: it has their pages nowhere else"""
+        self.undroppable: set[LayerId] = set()
+        """layers of which a page may be right in memory and wrong on disk, for its sync failed"""
         self._mapped = 0
         """bytes of files that are mapped, without the retired"""
         for row in catalog.execute("SELECT * FROM layers"):
@@ -181,7 +215,7 @@ class Layers:
     def create(self, size: int) -> Layer:
         """A new live layer with an empty, sparse file of ``size`` bytes. Call in a transaction."""
         number = LayerId(self.catalog.insert("INSERT INTO layers DEFAULT VALUES"))
-        file = LayerFile(self.path(number), writable=True, create=True)
+        file = LayerFile(self.path(number), writable=True, create=True, marks=self.drops)
         self._files[number] = file
         self.unsynced_names.add(number)
         layer = self._add(Layer(number, False, False, None, 0))
@@ -224,7 +258,8 @@ class Layers:
         """The open file that has the layer's pages."""
         file = self._files.get(layer.base)
         if file is None:
-            file = self._files[layer.base] = LayerFile(self.path(layer.base), writable=not layer.sealed)
+            path = self.path(layer.base)
+            file = self._files[layer.base] = LayerFile(path, writable=not layer.sealed, marks=self.drops)
             self._trim()
         else:
             self._files.move_to_end(layer.base)
@@ -234,26 +269,29 @@ class Layers:
         """Map a layer, at least up to ``page``; returns the address of that page. Raises StoreDamaged, OSError."""
         layer = self[number]
         file = self.file(layer)
-        before = file.view
+        before, marks = file.view, file.handed
         view = file.map((page + layer.shift + 1) << PAGE_SHIFT)
         if before is not view:
             self._mapped += len(view)
+            self._unmap(file)
+            self.retired.append(marks)
             if before is not None:
                 self._retire(before)
             self._limit_mapped(file)
-        self._unmap(file)  # the mapping may have moved
         file.mapped_as.add(number)
-        if number >= len(self.bases):
-            self.bases = np.concatenate([self.bases, np.zeros(number, np.uint64)])
-            self.limits = np.concatenate([self.limits, np.zeros(number, np.uint64)])
+        if number >= len(self.places):
+            self.places = np.concatenate([self.places, np.zeros((number, 4), np.uint64)])
         address = np.frombuffer(view, np.uint8).ctypes.data + (layer.shift << PAGE_SHIFT)
-        self.bases[number] = address
-        self.limits[number] = (len(view) >> PAGE_SHIFT) - layer.shift
+        place = self.places[number]
+        place[BASE] = address
+        place[LIMIT] = (len(view) >> PAGE_SHIFT) - layer.shift
+        place[MARKS] = 0 if file.handed is None else file.handed.address
+        place[SHIFT] = layer.shift & (1 << 64) - 1
         return address + (page << PAGE_SHIFT)
 
     def _unmap(self, file: LayerFile) -> None:
         for number in file.mapped_as:
-            self.bases[number] = 0
+            self.places[number, [BASE, MARKS]] = 0
         file.mapped_as.clear()
 
     def _retire(self, view: memoryview) -> None:
@@ -262,6 +300,7 @@ class Layers:
 
     def _drop_mapping(self, file: LayerFile) -> None:
         self._unmap(file)
+        self.retired.append(file.handed)
         if file.view is not None:
             self._retire(file.view)
             file.view = None
@@ -286,6 +325,8 @@ class Layers:
         if file is not None:
             self._unmap(file)
             self._mapped -= 0 if file.view is None else len(file.view)
+            if file.written is not None and number in self.by_id:
+                self.undroppable.add(number)  # it is forgotten which pages are not on disk
             file.close()
 
     def forget(self, layer: Layer) -> None:
@@ -296,6 +337,8 @@ class Layers:
 
     def _drop(self, layer: Layer) -> None:
         del self.by_id[layer.id]
+        self.undroppable.discard(layer.id)
+        self._behind.pop(layer.id, None)
         if layer.is_alias:
             del self._aliases[layer.base, layer.shift]
 
@@ -318,16 +361,61 @@ class Layers:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path(layer, suffix))
 
-    def write_digests(self, layer: LayerId) -> None:
-        """Hash every stored page of a sealed layer into its digest file (any thread; gives way often)."""
+    # -- drop-behind
+
+    def take_written(self, number: LayerId) -> Behind | None:
+        """The pages that were written since this was last called: droppable once they are on disk."""
+        file = self._files.get(number)
+        if file is None or file.written is None:
+            return None
+        written, file.written = file.written, None
+        return Behind(number, file.path, file.view, written)
+
+    def note_behind(self, new: Behind) -> None:
+        """These pages are on disk, and the store's page cache need not have them."""
+        known = self._behind.get(new.layer)
+        if known is not None:
+            marks = Marks(max(len(new.marks), len(known.marks)), known.marks)
+            marks.add(new.marks)
+            new = new._replace(marks=marks)
+        self._behind[new.layer] = new
+
+    def take_behind(self, shared: Callable[[set[LayerId]], set[LayerId]]) -> list[Behind]:
+        """What may leave the store's page cache now. Call while no sync runs.
+
+        ``shared`` tells which of some sealed layers are read by more than one image: these stay. So does what
+        is still to be digested.
+        """
+        for number, file in self._files.items():
+            taken = None if file.handed is None else file.handed.take()
+            if taken is not None:
+                self.note_behind(Behind(number, file.path, file.view, taken))
+        there = {number: self[number] for number in self._behind if number in self.by_id}
+        sealed = {number for number, layer in there.items() if layer.sealed}
+        kept = shared(sealed) if sealed else set()
+        kept |= {number for number in sealed if not there[number].digested} | set(self.native)
+        found = [self._behind.pop(number) for number in there if number not in kept | self.undroppable]
+        for each in found:
+            open_file = self._files.get(each.layer)
+            if open_file is not None and open_file.written is not None:
+                each.marks.remove(open_file.written)  # on disk when their own sync has succeeded
+        return found
+
+    def write_digests(self, layer: LayerId) -> Behind:
+        """Hash every stored page of a sealed layer into its digest file (any thread; gives way often).
+
+        Returns which pages it has read.
+        """
         temporary = self.path(layer, "xxh3") + ".new"
         source = os.open(self.path(layer), os.O_RDONLY | os.O_CLOEXEC)
         try:
             target = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             try:
                 size = os.fstat(source).st_size
+                read = Marks(pages(size))
                 os.ftruncate(target, ((size + PAGE - 1) >> PAGE_SHIFT) * DIGEST)
                 for start, stop in data_extents(source):
+                    read.set(start >> PAGE_SHIFT, pages(stop))
                     for at in range(start, stop, _DIGEST_BATCH * PAGE):
                         data = read_exactly(source, min(_DIGEST_BATCH * PAGE, stop - at), at)
                         write_all(target, digest_pages(data), (at >> PAGE_SHIFT) * DIGEST)
@@ -338,6 +426,7 @@ class Layers:
             sync_directory(self.directory)  # before the catalog says that they are there
         finally:
             os.close(source)
+        return Behind(layer, self.path(layer), None, read)
 
     def close(self) -> None:
         """Close all files."""

@@ -24,6 +24,7 @@ from ramfs.namespace import Inode, Namespace
 from ramfs.pager import Pager
 from ramfs.store.garbage import Pass
 from ramfs.store.images import Image
+from ramfs.store.layers import BASE, LIMIT
 from ramfs.store.repair import check_store
 from ramfs.store.store import Store
 from ramfs.units import PAGE, ROOT, SNAP_BIT, InodeNumber
@@ -54,15 +55,15 @@ def mapped_bytes(pager: Pager, image: Image, offset: int, length: int) -> bytes:
     plan = pager.plan(image, offset, length)
     if plan is None:
         return b""
-    entries, start, end, bases, limits = plan
+    entries, start, end, places = plan
     pieces: list[tuple[int, int]] = []
     for a, b, layer in equal_runs(entries):
         first, last = start // PAGE + a, start // PAGE + b - 1
         low, high = max(start, first * PAGE), min(end, (last + 1) * PAGE)
         address = 0
         if layer:
-            known = layer < len(bases) and bases[layer] and last < limits[layer]
-            address = int(bases[layer]) + last * PAGE if known else pager.layers.map(layer, last)
+            known = layer < len(places) and places[layer, BASE] and last < places[layer, LIMIT]
+            address = int(places[layer, BASE]) + last * PAGE if known else pager.layers.map(layer, last)
             address += low - last * PAGE
         pieces.append((address, high - low))
     return b"".join(ctypes.string_at(at, size) if at else bytes(size) for at, size in pieces)

@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from . import host  # noqa: F401  (its cases)
 from .bench import MIB, ROOT, Bench, interrupt_once, scratch
 from .cases import CASES
 from .stats import Measure, summary

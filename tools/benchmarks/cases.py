@@ -289,8 +289,8 @@ def tmpfs_directory(bench: Bench, prepare: Prepare) -> Iterator[Served]:
 
 
 @contextmanager
-def xfs_directory(bench: Bench, prepare: Prepare) -> Iterator[Served]:
-    """XFS with reflinks, on a loop device over a file on tmpfs."""
+def disk(bench: Bench) -> Iterator[Path]:
+    """XFS with reflinks, on a loop device over a file on tmpfs: a disk that is no slower than memory."""
     image, point = bench.fresh("xfs.img"), bench.fresh("xfs")
     point.mkdir()
     with ExitStack() as stack:
@@ -300,6 +300,12 @@ def xfs_directory(bench: Bench, prepare: Prepare) -> Iterator[Served]:
         run(["mkfs.xfs", "-q", "-m", "reflink=1", image])
         run(["mount", "-o", "loop", image, point])
         stack.callback(unmount, point)
+        yield point
+
+
+@contextmanager
+def xfs_directory(bench: Bench, prepare: Prepare) -> Iterator[Served]:
+    with disk(bench) as point:
         (point / "vm").mkdir()
         block = point / "vm" / peers.BLOCK_FILE
         prepare(block)

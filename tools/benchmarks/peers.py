@@ -92,8 +92,10 @@ class Mounted:
 
 
 @contextmanager
-def ramfs_mount(bench: Bench) -> Iterator[Mounted]:
+def ramfs_mount(bench: Bench, below: Path | None = None) -> Iterator[Mounted]:
+    """A mount with a store on tmpfs, or in the directory ``below``."""
     store, root = bench.fresh("store"), bench.fresh("ramfs")
+    store = store if below is None else below / store.name
     root.mkdir()
     if not Path(bench.ramfs[0]).exists():
         raise Unavailable(f"{bench.ramfs[0]} does not exist; tools/setup makes it")
