@@ -14,7 +14,7 @@ PATIENCE: Final = 120.0
 
 
 def ask(store: str, do: str, **more: Any) -> dict[str, Any]:
-    """Ask the supervisor of the mount of ``store``: ``status``, ``upgrade`` (``python``) or ``abort``.
+    """Ask the supervisor of the mount of ``store``: ``status``, ``upgrade`` (``python``, ``script``) or ``abort``.
 
     Returns its facts. Raises MountError when there is none, when it refuses or when it fails.
     """

@@ -1,7 +1,7 @@
 """The process that keeps a mount alive: it holds what must outlive a daemon, starts daemons, and does nothing else.
 
 Run as a script, by an interpreter without site-packages, so it imports nothing but the standard library and stays
-small. Its one argument is a JSON object, see Settings. What it holds are descriptors that a daemon gave it: the
+small. Its argument is a JSON object, see Settings. What it holds are descriptors that a daemon gave it: the
 connection to the kernel, the ledger, the lock of the store. As long as somebody has the first, faults in the mount's
 memory wait instead of failing. So when a daemon dies another one gets all three and goes on.
 
@@ -47,6 +47,8 @@ WARM_TIMEOUT, YIELD_TIMEOUT = 60.0, 3.0
 ABORT_TIMEOUT: Final = 5
 #: The name of the command socket in the store.
 SOCKET: Final = "supervisor"
+#: Those that are listened for.
+SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 #: Stands in a daemon's command for the descriptor of its end of the socket.
 LINK: Final = "{link}"
 #: In what order descriptors are told and sent.
@@ -87,10 +89,19 @@ class Child:
         self.socket = ours
         self.socket.setblocking(False)
         self.exit = os.pidfd_open(self.pid)
-        self.command = command
         self.version = ""
         self.warm = self.ready = self.done = False
-        self.since = time.monotonic()
+
+    @classmethod
+    def known(cls, pid: int, fd: int, version: str) -> "Child":
+        """The serving daemon of the supervisor that this process was before."""
+        child = cls.__new__(cls)
+        child.pid, child.socket, child.exit = pid, socket.socket(fileno=fd), os.pidfd_open(pid)
+        child.socket.set_inheritable(False)
+        child.version = version
+        child.warm = child.ready = True
+        child.done = False
+        return child
 
     def tell(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
         """Send a message, with descriptors."""
@@ -113,8 +124,11 @@ class Child:
 class Supervisor:
     """One mount, and the daemons that serve it one after the other."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, before: dict[str, Any] | None = None) -> None:
+        """``before`` is what :meth:`renew` left."""
         self.settings = settings
+        self.before = before
+        self.renewal: list[str] | None = None  # the program to become after an upgrade
         self.command = settings.command
         self.ready = settings.ready
         self.poll = select.poll()
@@ -143,13 +157,17 @@ class Supervisor:
             os.set_inheritable(self.ready, False)
         reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(writer)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in SIGNALS:
             signal.signal(number, lambda *_: None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         self.watch(reader, lambda _: self.signalled(os.read(reader, 64)))
-        self.adopt()
-        if self.kept:
-            self.why = "the supervisor before this one is gone"
-        self.start()
+        if self.before is not None:
+            self.resume(self.before)
+        else:
+            self.adopt()
+            if self.kept:
+                self.why = "the supervisor before this one is gone"
+            self.start()
         while self.status is None:
             for fd, event in self.poll.poll(self.until()):
                 if fd in self.handlers:
@@ -157,6 +175,45 @@ class Supervisor:
             self.tick()
         self.close()
         return self.status
+
+    def renew(self) -> None:
+        """After an upgrade: become the supervisor of the installed version, with all that is held."""
+        program, self.renewal = self.renewal, None
+        child = self.serving
+        if program is None or child is None:
+            return
+        state = {
+            "kept": self.kept,
+            "pid": child.pid,
+            "socket": child.socket.fileno(),
+            "version": child.version,
+            "starts": self.starts,
+            "deaths": self.deaths,
+            "why": self.why,
+        }
+        settings = self.settings._replace(command=self.command, ready=-1)
+        held = [*self.kept.values(), child.socket.fileno()]
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # one that comes meanwhile waits
+        for fd in held:
+            os.set_inheritable(fd, True)
+        try:
+            os.execv(program[0], [*program, json.dumps(settings._asdict()), json.dumps(state)])
+        except OSError as exc:
+            self.say(f"the supervisor stays the one of before: {exc}")
+        for fd in held:
+            os.set_inheritable(fd, False)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`renew` left."""
+        self.kept = state["kept"]
+        for fd in self.kept.values():
+            os.set_inheritable(fd, False)
+        self.starts, self.deaths, self.why = state["starts"], state["deaths"], state["why"]
+        self.serving = Child.known(state["pid"], state["socket"], state["version"])
+        self.attend(self.serving)
+        self.listen()
+        self.standby_at = time.monotonic() + STANDBY_AFTER
 
     def watch(self, fd: int, handler: Callable[[int], object], events: int = select.POLLIN) -> None:
         """Call ``handler`` with the events of a descriptor."""
@@ -209,9 +266,13 @@ class Supervisor:
     def spawn(self, command: list[str]) -> Child:
         """Start a daemon, which imports everything and then waits to be told more."""
         child = Child(command)
+        self.attend(child)
+        return child
+
+    def attend(self, child: Child) -> None:
+        """Listen to a daemon, and for its end."""
         self.watch(child.exit, lambda _: self.ended(child))
         self.watch(child.socket.fileno(), lambda _: self.heard(child))
-        return child
 
     def start(self) -> None:
         """Let a daemon serve: the one that stands by, or a new one, which reads the message when it can."""
@@ -231,7 +292,6 @@ class Supervisor:
             "managed": "NOTIFY_SOCKET" in os.environ,
         }
         self.serving = child
-        child.since = time.monotonic()
         child.tell({"go": facts}, [self.kept[name] for name in names])
         if "fuse" in self.kept:
             self.unwatch(self.kept["fuse"])
@@ -276,6 +336,7 @@ class Supervisor:
         notify("READY=1\nSTATUS=Serving " + self.settings.mountpoint)
         self.standby_at = time.monotonic() + (STANDBY_SOON if self.starts > 1 else STANDBY_AFTER)
         self.answer_waiting({"done": {"pid": child.pid, "version": version}})
+        self.renew()
 
     def ended(self, child: Child) -> None:
         """A daemon is gone."""
@@ -290,6 +351,7 @@ class Supervisor:
         elif child is self.successor:
             self.successor = None
             self.deadline = None
+            self.renewal = None
             self.answer_waiting({"failed": f"the new daemon {how(code)}: the one before goes on serving"})
             self.standby_at = time.monotonic() + STANDBY_AFTER
         elif child is self.serving:
@@ -502,9 +564,11 @@ class Supervisor:
             standby.kill()
             standby.reap()
         self.command = [request["python"], *self.command[1:]]
+        self.renewal = [request["python"], "-I", "-S", request["script"]]
         try:
             self.successor = self.spawn(self.command)
         except OSError as exc:
+            self.renewal = None
             self.answer_waiting({"failed": f"{request['python']} does not start: {exc.strerror}"})
             return
         self.deadline = time.monotonic() + WARM_TIMEOUT
@@ -565,4 +629,5 @@ def notify(message: str, fd: int | None = None) -> None:
 
 if __name__ == "__main__":
     os.chdir("/")
-    sys.exit(Supervisor(Settings(**json.loads(sys.argv[1]))).run())
+    arguments = [json.loads(argument) for argument in sys.argv[1:]]
+    sys.exit(Supervisor(Settings(**arguments[0]), *arguments[1:]).run())
