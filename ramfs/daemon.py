@@ -90,7 +90,7 @@ class Daemon:
             held = Held.of(ledger.records())
             self.pager = Pager(store)
             self.namespace = Namespace(self.pager, ledger, held)
-            passthrough = Passthrough(store.layers, _not_native(request))
+            passthrough = Passthrough(self.pager, _not_native(request))
             supervision = Supervision(self.go.supervisor, self.go.starts, self.go.crashes, self.go.why)
             self.observer = Observer(
                 store,

@@ -703,6 +703,21 @@ class Namespace:
                 elif child is not None and child.image is not None:
                     yield path + name, child
 
+    def frozen_below(self, root: Inode) -> Iterator[tuple[bytes, ImageId]]:
+        """The frozen regular files at or below an inode, each once, with their paths from there."""
+        todo, seen = [(root.ino, b"")], set[InodeNumber]()
+        while todo:
+            ino, path = todo.pop()
+            row = self.catalog.row("SELECT mode, frozen, image FROM inodes WHERE ino = ?", ino)
+            if row is None or ino in seen:
+                continue
+            seen.add(ino)
+            if row["image"] is not None and row["frozen"]:
+                yield path, ImageId(row["image"])
+            elif stat.S_ISDIR(row["mode"]):
+                below = path + b"/" if path else b""
+                todo += [(child, below + name) for _, name, child in reversed(list(self.names(ino)))]
+
     def path_of(self, ino: InodeNumber) -> bytes:
         """The path of a directory, or one of a file, from the root of the tree, without a leading slash.
 

@@ -11,7 +11,7 @@ import contextlib
 import errno
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 import numpy as np
@@ -21,6 +21,7 @@ from ramfs.errors import FileError
 from ramfs.image.pages import Buffer, is_zero, nonzero_pages, span
 from ramfs.image.table import Entries, equal_runs, runs_of
 from ramfs.store import behind
+from ramfs.store.flat import Flatten, reads_alike, sole_layer
 from ramfs.store.garbage import Pass
 from ramfs.store.images import Image
 from ramfs.store.layers import Layer, Places
@@ -398,6 +399,44 @@ class Pager:
     def freeze(self, image: Image) -> Image:
         """A frozen image of the same contents. Call in a transaction."""
         return self.images.copy(image, frozen=True)
+
+    # -- flat images
+
+    async def is_flat(self, image: Image) -> bool:
+        """Does one layer's file read as a frozen image does? Compares them the first time.
+
+        Raises OSError, StoreDamaged.
+        """
+        layer = sole_layer(image, self.layers)
+        if layer is not None and image.alike != layer:
+            path = self.layers.path(layer)
+            if await trio.to_thread.run_sync(reads_alike, image.path, path, image.size):
+                image.alike = layer
+        return layer is not None and image.alike == layer
+
+    async def flatten(self, image: Image, watch: Callable[[Flatten], None]) -> None:
+        """Copy all pages of a frozen image into a layer of its own; ``watch`` is told when it begins.
+
+        Readers see the same bytes throughout. Cancelled or failed, it leaves nothing. Raises FileError, OSError.
+        """
+        image.users += 1
+        try:
+            while True:
+                work = Flatten(self.store, image)
+                watch(work)
+                try:
+                    while await trio.to_thread.run_sync(work.step):
+                        pass
+                    work.publish()
+                    with trio.CancelScope(shield=True):  # what is copied may as well be used
+                        await trio.to_thread.run_sync(work.settle)
+                        done = work.swing()
+                finally:
+                    work.close()
+                if done:
+                    return await self.sync([image])
+        finally:
+            self.images.release(image)
 
     # -- background
 

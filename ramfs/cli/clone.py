@@ -1,11 +1,11 @@
 """``ramfs clone``."""
 
 import errno
-import json
 import os
 
 import click
 
+from ramfs.cli._control import asked
 from ramfs.cli._flush import regular_files
 from ramfs.cli._mounts import locate
 from ramfs.errors import FileError, UsageError
@@ -45,16 +45,8 @@ def clone(source: str, target: str) -> None:
         finally:
             os.close(fd)
     command = {"source": source_path, "parent": parent_path, "name": name}
-    control = os.path.join(mount.mountpoint, ".ramfs/control")
     try:
-        fd = os.open(control, os.O_WRONLY | os.O_CLOEXEC)
-    except PermissionError:
-        raise FileError(
-            errno.EACCES, f"you may not write {control}, which only the mount's owner may: use cp -r"
-        ) from None
-    try:
-        os.write(fd, json.dumps({"clone": command}).encode())
+        with asked(mount, {"clone": command}, "use cp -r"):
+            pass
     except OSError as exc:
         raise FileError(exc.errno or errno.EIO, f"cannot clone {source} to {target}: {exc.strerror}") from None
-    finally:
-        os.close(fd)

@@ -34,6 +34,7 @@ import click
 
 from ramfs import qmp
 from ramfs.cli._flush import Round, flush, in_thread, regular_files, rounds
+from ramfs.cli.flatten import Results, flatten_below, print_results
 from ramfs.errors import BadName, FileError, MountError, NameTooLong, QmpError, RamfsError
 from ramfs.units import MAX_NAME
 
@@ -340,8 +341,9 @@ class Snapshot:
     show_default=True,
     help="Flush at most N times while the guest runs.",
 )
+@click.option("--flat", is_flag=True, help="Flatten what was frozen (see flatten), when the guest runs on.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
-def snapshot(directory: str, name: str, socket: str | None, limit: int, as_json: bool) -> None:
+def snapshot(directory: str, name: str, socket: str | None, limit: int, flat: bool, as_json: bool) -> None:
     """Freeze all of DIR as DIR/.snap/NAME.
 
     What the guest has written to its RAM is flushed first, in rounds, so that the freeze itself is short.
@@ -358,7 +360,8 @@ def snapshot(directory: str, name: str, socket: str | None, limit: int, as_json:
             raise run._exists()
         report = _run(run, run.alone() if socket is None else run.with_guest(socket))
     if as_json:
-        _say(json.dumps({**asdict(report), "flushed": report.flushed()}))
+        results = {"flat": _flatten(run)} if flat else {}
+        _say(json.dumps({**asdict(report), "flushed": report.flushed(), **results}))
         return
     if report.state_bytes is not None and report.save is not None:
         _say(f"state: {_mib(report.state_bytes)} saved in {_milliseconds(report.save)}")
@@ -368,6 +371,16 @@ def snapshot(directory: str, name: str, socket: str | None, limit: int, as_json:
         _say(f"the guest paused for {_milliseconds(report.pause)}")
     elif report.state_bytes is not None:
         _say("the guest was stopped before and stays so")
+    if flat:
+        print_results(_flatten(run))
+
+
+def _flatten(run: Snapshot) -> Results:
+    """Flatten what was frozen. The snapshot stays, whatever comes of that."""
+    try:
+        return flatten_below(run.target, quiet=run.quiet)
+    except RamfsError as error:
+        raise FileError(error.errno, f"{run.target} is made and not flat: {error}") from error
 
 
 def _run(run: Snapshot, work: Coroutine[Any, Any, T]) -> T:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ramfs.fuse.flattening import Flattening
 from ramfs.namespace import Inode
 from ramfs.store.images import Image
 from ramfs.units import HandleId, InodeNumber
@@ -18,7 +19,7 @@ class FileHandle:
 
 @dataclass(slots=True)
 class VirtualHandle:
-    """An open file of ``.ramfs``: its text as of the open, and what answers a write."""
+    """An open file of ``.ramfs``: its text as of the open, who opened it, and what he asked for by writing."""
 
     id: HandleId
     ino: InodeNumber
@@ -26,3 +27,9 @@ class VirtualHandle:
     uid: int
     gid: int
     pid: int
+    job: Flattening | None = None
+
+    @property
+    def text(self) -> bytes:
+        """What it reads as."""
+        return self.data if self.job is None else self.job.text

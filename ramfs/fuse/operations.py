@@ -23,6 +23,7 @@ from ramfs.errors import FileError, RamfsError
 from ramfs.fuse import fileattr, statx, virtual
 from ramfs.fuse.answers import answered, errno_of, request_of
 from ramfs.fuse.extension import kernel_resends, native, pyfuse3
+from ramfs.fuse.flattening import Flattening
 from ramfs.fuse.flush import Flusher
 from ramfs.fuse.handles import FileHandle, VirtualHandle
 from ramfs.fuse.passthrough import FOPEN_PASSTHROUGH, Passthrough
@@ -169,7 +170,7 @@ class Operations(pyfuse3.Operations):
         try:
             image = self._images.get(handle)
             if image is None:
-                return self._virtual(handle).data[offset : offset + size]
+                return self._virtual(handle).text[offset : offset + size]
             counters = self.counters
             counters.reads += 1
             counters.read_bytes += size
@@ -656,6 +657,8 @@ class Operations(pyfuse3.Operations):
             del file.inode.opens[file.id]
             self.passthrough.release(file.id)
             self.namespace.let_go(file.inode)
+        elif file.job is not None:
+            file.job.cancel()
 
     @answered
     async def fsync(self, fh: int, datasync: bool) -> None:
@@ -765,8 +768,12 @@ class Operations(pyfuse3.Operations):
     def _command(self, file: VirtualHandle, command: bytes) -> int:
         if len(command) > virtual.MAX_COMMAND:
             raise FileError(errno.E2BIG)
-        source, parent, name = virtual.parse_clone(command)
+        parsed = virtual.parse(command)
         caller = Caller(file.uid, file.gid, file.pid, lambda: set(pyfuse3.get_sup_groups(file.pid)))
+        if "flatten" in parsed:
+            self._flatten(file, virtual.path_to_flatten(parsed), caller)
+            return len(command)
+        source, parent, name = virtual.parse_clone(parsed)
         space = self.namespace
         directory = space.walk(parent, caller)
         if not self._done_before():
@@ -780,6 +787,18 @@ class Operations(pyfuse3.Operations):
             pyfuse3.invalidate_inode(directory.ino, attr_only=True)
         self.counters.clones += 1
         return len(command)
+
+    def _flatten(self, file: VirtualHandle, path: bytes, caller: Caller) -> None:
+        """Begin to flatten the frozen files at a path; it goes on while the handle is open."""
+        if file.job is not None:
+            raise FileError(errno.EBUSY)
+        top = self.namespace.walk(path, caller)
+        files = list(self.namespace.frozen_below(top))
+        self.namespace.let_go(top)
+        if not files:
+            raise FileError(errno.EINVAL)
+        file.job = Flattening(self.pager, files)
+        trio.lowlevel.spawn_system_task(file.job.run)
 
     def stacktrace(self) -> None:
         """Not offered: pyfuse3 would dump stacks on an xattr of the root."""

@@ -21,13 +21,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-import trio
-
 from ramfs.errors import StoreDamaged
 from ramfs.fuse.extension import native
 from ramfs.namespace import Inode
-from ramfs.store.flat import reads_alike, sole_layer
-from ramfs.store.layers import Layers
+from ramfs.pager import Pager
+from ramfs.store.flat import sole_layer
 from ramfs.units import HandleId, LayerId
 
 log = logging.getLogger(__name__)
@@ -54,12 +52,12 @@ class _Backing:
 class Passthrough:
     """Which layers the kernel holds, and which handles are served from them."""
 
-    def __init__(self, layers: Layers, refused: str = "") -> None:
+    def __init__(self, pager: Pager, refused: str = "") -> None:
         self.refused = refused
         """why no more files become native on this mount, if there is a reason"""
-        self._layers = layers
+        self._pager = pager
         self._backings: dict[LayerId, _Backing] = {}
-        layers.native = self._backings.keys()
+        pager.layers.native = self._backings.keys()
         self._layer_of: dict[HandleId, LayerId] = {}
 
     def is_native(self, inode: Inode) -> bool:
@@ -74,13 +72,8 @@ class Passthrough:
         if not native.connection()["passthrough"]:
             self.refused = "this kernel cannot (Linux 6.9 can)"
             return
-        layer = sole_layer(image, self._layers)
-        if layer is None or image.alike == layer:
-            return
         with contextlib.suppress(OSError, StoreDamaged):  # then it is not served so; whoever reads it is told
-            path = self._layers.path(layer)
-            if await trio.to_thread.run_sync(reads_alike, image.path, path, image.size):
-                image.alike = layer
+            await self._pager.is_flat(image)
 
     def open(self, inode: Inode, handle: HandleId) -> int:
         """The backing id that the reply to an OPEN is to bear, 0 for an open through the page cache of the mount.
@@ -105,12 +98,12 @@ class Passthrough:
             return self._layer_of.get(next(iter(inode.opens)))
         if self.refused or not inode.frozen or inode.image is None:
             return None
-        layer = sole_layer(inode.image, self._layers)
+        layer = sole_layer(inode.image, self._pager.layers)
         return layer if layer == inode.image.alike else None
 
     def _hold(self, layer: LayerId) -> int:
         try:
-            fd = os.open(self._layers.path(layer), os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(self._pager.layers.path(layer), os.O_RDONLY | os.O_CLOEXEC)
             try:
                 number: int = fcntl.ioctl(native.session_fd(), _BACKING_OPEN, bytearray(_BACKING_MAP.pack(fd, 0, 0)))
                 return number
@@ -148,7 +141,7 @@ class Passthrough:
         knows any more leaks until the mount is gone.
         """
         self._backings = {layer: _Backing(number, set()) for layer, number in backings}
-        self._layers.native = self._backings.keys()
+        self._pager.layers.native = self._backings.keys()
         self._layer_of = dict(handles)
         for handle, layer in self._layer_of.items():
             self._backings[layer].handles.add(handle)

@@ -3,9 +3,10 @@
 ``control`` takes one JSON object for each write and answers by the write's errno:
 
     {"clone": {"source": PATH, "parent": PATH, "name": NAME}}
+    {"flatten": PATH}
 
-Paths are relative to the root of the mount; bytes that are not UTF-8 are surrogate escapes, as os.fsdecode
-makes them.
+The second one goes on while the file is open, and reading the file tells how far it is (flattening.py). Paths
+are relative to the root of the mount; bytes that are not UTF-8 are surrogate escapes, as os.fsdecode makes them.
 """
 
 import errno
@@ -13,7 +14,7 @@ import json
 import os
 import stat
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from ramfs.errors import FileError
 from ramfs.fuse.extension import pyfuse3
@@ -59,7 +60,7 @@ def attributes(ino: InodeNumber, root: Inode) -> pyfuse3.EntryAttributes:
         entry.st_mode = stat.S_IFDIR | (root.mode & 0o555)
         entry.st_nlink = 2
     elif ino == CONTROL:
-        entry.st_mode = stat.S_IFREG | 0o222 & (readable >> 1)
+        entry.st_mode = stat.S_IFREG | readable & 0o400 | 0o222 & (readable >> 1)
     else:
         entry.st_mode = stat.S_IFREG | readable
     entry.st_uid, entry.st_gid = root.uid, root.gid
@@ -73,12 +74,31 @@ def contents(ino: InodeNumber, observer: Observer) -> bytes:
     return texts[ino]() if ino in texts else b""
 
 
-def parse_clone(command: bytes) -> tuple[bytes, bytes, bytes]:
+def parse(command: bytes) -> dict[str, Any]:
+    """A command as an object. Raises EINVAL."""
+    try:
+        parsed = json.loads(command)
+    except (ValueError, RecursionError):
+        raise FileError(errno.EINVAL) from None
+    if not isinstance(parsed, dict):
+        raise FileError(errno.EINVAL)
+    return parsed
+
+
+def path_to_flatten(command: dict[str, Any]) -> bytes:
+    """The path of a flatten command. Raises EINVAL."""
+    path = command["flatten"]
+    if not isinstance(path, str) or "\0" in path:
+        raise FileError(errno.EINVAL)
+    return os.fsencode(path)
+
+
+def parse_clone(command: dict[str, Any]) -> tuple[bytes, bytes, bytes]:
     """Source path, parent path and name of a clone command. Raises EINVAL."""
     try:
-        clone = json.loads(command)["clone"]
+        clone = command["clone"]
         source, parent, name = (os.fsencode(clone[key]) for key in ("source", "parent", "name"))
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         raise FileError(errno.EINVAL) from None
     if not name or b"/" in name or name in (b".", b"..") or b"\0" in source + parent + name:
         raise FileError(errno.EINVAL)

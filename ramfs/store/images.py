@@ -224,6 +224,10 @@ class Image:
             for first, stop in self._table.regions(first=self.pages):
                 self._table.fill(first, stop, ZERO)
 
+    def reload(self) -> None:
+        """Take the table from its file again."""
+        self._table = None
+
     def close(self) -> None:
         """Close the table file and let go of the table."""
         self._table = None

@@ -171,6 +171,8 @@ class Layers:
         self.by_id: dict[LayerId, Layer] = {}
         self.held: set[LayerId] = set()
         """sealed layers that processes may still have mapped through a mount whose daemon was killed: they must stay"""
+        self.making: set[str] = set()
+        """files that will be layers, and have no row yet"""
         self.unsynced_names: set[LayerId] = set()
         """layers whose files are new since the directory was last synced"""
         self._aliases: dict[tuple[LayerId, int], Layer] = {}
@@ -223,6 +225,15 @@ class Layers:
         self.catalog.on_rollback(lambda: self._drop(layer))
         file.extend(size)
         self._trim()
+        return layer
+
+    def adopt(self, path: str) -> Layer:
+        """Make a file of pages, complete and on disk, a sealed layer; it takes its place. Call in a transaction."""
+        number = LayerId(self.catalog.insert("INSERT INTO layers (sealed) VALUES (1)"))
+        os.rename(path, self.path(number))
+        layer = self._add(Layer(number, True, False, None, 0))
+        self.catalog.on_rollback(lambda: self.remove_files(number))
+        self.catalog.on_rollback(lambda: self._drop(layer))
         return layer
 
     def seal(self, layer: Layer, size: int | None = None) -> None:

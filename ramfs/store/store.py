@@ -189,6 +189,8 @@ class Store:
         }
         for directory, name in files:
             stem, _, suffix = name.partition(".")
+            if os.path.join(directory, name) in self.layers.making:
+                continue
             if suffix.endswith("new") or (_is_hex(stem) and int(stem, 16) not in known[directory]):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(os.path.join(directory, name))
