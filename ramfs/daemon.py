@@ -180,7 +180,10 @@ class Daemon:
             elif order == "stop":
                 self._begin_stop("told to stop")
         self.supervised = False
-        log.warning("the supervisor is gone: the next time a daemon of %s dies, guests do", self.request.mountpoint)
+        if self.go.managed:
+            log.warning("the supervisor is gone: the service manager will start another")
+        else:
+            log.warning("the supervisor is gone: the next time a daemon of %s dies, guests do", self.request.mountpoint)
 
     @staticmethod
     def _yield() -> None:

@@ -14,7 +14,7 @@ from typing import Final
 import click
 
 from ramfs import __version__
-from ramfs.cli._mounts import FSTYPE, ask, mounted_at, place_of, users
+from ramfs.cli._mounts import FSTYPE, ask, mounted_at, place_of, running, users
 from ramfs.errors import MountError, UsageError
 from ramfs.supervisor import process
 from ramfs.supervisor.unmounting import unmount_command
@@ -85,6 +85,21 @@ def check_places(store: str, mountpoint: str) -> None:
         )
 
 
+def check_kept(store: str, mountpoint: str, lock: int) -> None:
+    """Refuse to go on with another mount than that which the service manager has kept. Raises UsageError."""
+    kept = os.path.dirname(os.readlink(f"/proc/self/fd/{lock}"))
+    try:
+        same = os.path.samestat(os.fstat(lock), os.stat(os.path.join(store, "lock")))
+    except OSError:
+        same = False
+    places = {entry.mountpoint for entry in running() if entry.source == kept}  # none if it was detached
+    if not same or (places and place_of(mountpoint) not in places):
+        raise UsageError(
+            f"the mount of {kept} at {', '.join(sorted(places))} waits for its supervisor, and this is {store} at "
+            f"{mountpoint}: name the same ones again, or stop the service, which ends the guests"
+        )
+
+
 def _lives(mountpoint: str) -> bool:
     """Does a daemon answer for the mount? Raises MountError when that cannot be told in time."""
     try:
@@ -142,7 +157,10 @@ def mount(
     store = os.path.abspath(store)
     if link is None:
         mountpoint = os.path.abspath(mountpoint)
-        if "LISTEN_FDS" not in os.environ:  # else a mount whose supervisor died is taken over
+        kept = process.passed_on() if foreground else {}
+        if process.alive(kept):  # a mount whose supervisor died is taken over
+            check_kept(store, mountpoint, kept["lock"])
+        else:
             check_places(store, mountpoint)
         return _supervise(store, place_of(mountpoint), options, foreground=foreground)
     _log_to(store, background=quiet, debug="debug" in ours)

@@ -45,6 +45,8 @@ STANDBY_AFTER, STANDBY_SOON, STANDBY_AGAIN = 3.0, 0.2, 60.0
 WARM_TIMEOUT, YIELD_TIMEOUT = 60.0, 3.0
 #: Seconds that a killed daemon may take to be gone.
 ABORT_TIMEOUT: Final = 5
+#: Exit status after an abort: nobody should start another by himself. (That of ramfs.errors.MountError.)
+ABORTED: Final = 8
 #: The name of the command socket in the store.
 SOCKET: Final = "supervisor"
 #: Those that are listened for.
@@ -421,21 +423,14 @@ class Supervisor:
             os.close(fd)
 
     def adopt(self) -> None:
-        """Take what a service manager kept of a supervisor that died (sd_listen_fds(3))."""
-        if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        """Take what a service manager kept of a supervisor that died."""
+        passed = passed_on()
+        for fd in passed.values():
+            os.set_inheritable(fd, False)
+        if alive(passed):
+            self.kept = passed
             return
-        names = os.environ.get("LISTEN_FDNAMES", "").split(":")
-        found = {}
-        for number, name in enumerate(names, 3):
-            os.set_inheritable(number, False)
-            found[name] = number
-        alive = select.poll()
-        if all(name in found for name in KEPT):
-            alive.register(found["fuse"], 0)
-            if not alive.poll(0):
-                self.kept = {name: found[name] for name in KEPT}
-                return
-        for name, fd in found.items():  # of a mount that is gone
+        for name, fd in passed.items():  # of a mount that is gone
             notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
             os.close(fd)
 
@@ -595,7 +590,7 @@ class Supervisor:
             gone.register(child.exit, select.POLLIN)
             if gone.poll(ABORT_TIMEOUT * 1000):  # else it waits for a disk, say, and the kernel must cut the connection
                 child.reap()
-        self.end(1)
+        self.end(ABORTED)
         self.answer(client, {"done": {}})
 
     # -- words
@@ -614,6 +609,22 @@ class Supervisor:
 def how(code: int) -> str:
     """How a process ended, in words."""
     return f"exited with {code}" if code >= 0 else f"was ended by signal {-code}"
+
+
+def passed_on() -> dict[str, int]:
+    """The descriptors that a service manager kept for this process, by name (sd_listen_fds(3))."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return {}
+    return {name: number for number, name in enumerate(os.environ["LISTEN_FDNAMES"].split(":"), 3)}
+
+
+def alive(kept: dict[str, int]) -> bool:
+    """Are these all the descriptors of a mount, and is it still mounted?"""
+    if set(kept) != set(KEPT):
+        return False
+    poll = select.poll()
+    poll.register(kept["fuse"], 0)
+    return not poll.poll(0)
 
 
 def notify(message: str, fd: int | None = None) -> None:

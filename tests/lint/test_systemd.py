@@ -17,7 +17,7 @@ def unit(tmp_path: Path) -> Path:
     """The unit with a program in it that exists here, for ramfs is not installed system-wide."""
     text = UNIT.read_text()
     assert "ExecStart=ramfs mount -f " in text
-    assert "ExecStop=ramfs umount " in text
+    assert "ExecReload=ramfs upgrade " in text
     copy = tmp_path / UNIT.name
     copy.write_text(text.replace("=ramfs ", "=/bin/true "))
     return copy
