@@ -297,9 +297,11 @@ def test_killed_at_a_step(shm: Path, tmp_path: Path) -> None:
         run("flatten", old).ok()
     steps = calls_of(tmp_path / "calls")
     assert {"copy_file_range", "rename", "fdatasync"} <= {call for call, _ in steps}
-    count = min(STEPS, len(steps))
+    # The first of each kind comes for sure; which thread does the later ones, and is their how-many-th, differs.
+    telling = [("copy_file_range", 1), ("fdatasync", 1), ("rename", 1), ("pwrite64", 1)]
+    sample = [*telling, *(step for step in steps if step not in telling)][:STEPS]
     killed = 0
-    for call, number in [steps[round(n * (len(steps) - 1) / max(1, count - 1))] for n in range(count)]:
+    for call, number in sample:
         store = shm / "store"
         shutil.copytree(template, store, copy_function=copy_sparse, ignore=NOT_FILES)
         mount = Mount(store, shm / "mnt").start()
@@ -327,7 +329,7 @@ def test_killed_at_a_step(shm: Path, tmp_path: Path) -> None:
         finally:
             mount.abandon()
         shutil.rmtree(store)
-    assert killed >= count // 2, "strace has hardly killed anything"
+    assert killed >= min(len(sample) - 1, 4), "strace has hardly killed anything"
 
 
 # --- blocks that are shared ---
