@@ -115,7 +115,8 @@ class Daemon:
             session = Session(self.operations, request.mountpoint, request.options, kept.get("fuse"))
             if kept:
                 session.go_on(held.init, ledger.requests)
-                log.warning("%s; going on at %s", self.go.why, request.mountpoint)
+                level = logging.INFO if self.go.yielded else logging.WARNING
+                log.log(level, "%s; going on at %s", self.go.why, request.mountpoint)
             else:
                 for name, fd in (("lock", store.lock.fd), ("ledger", ledger.fd), ("fuse", session.fd)):
                     self.link.keep(name, fd)

@@ -165,6 +165,7 @@ def mount(
         return _supervise(store, place_of(mountpoint), options, foreground=foreground)
     _log_to(store, background=quiet, debug="debug" in ours)
 
+    from ramfs import ledger
     from ramfs.daemon import Daemon, MountRequest
     from ramfs.supervisor.link import Link
 
@@ -183,7 +184,7 @@ def mount(
         native=next((word.partition("=")[2] for word in ours if word.startswith("native=")), "auto"),
     )
     to_supervisor = Link(link)
-    go = to_supervisor.stand_by(__version__)
+    go = to_supervisor.stand_by(__version__, ledger.VERSION)
     if go is not None:
         Daemon(request, ready, to_supervisor, go).run()
     return 0

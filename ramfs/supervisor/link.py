@@ -28,6 +28,8 @@ class Go:
     """of those, how many died"""
     why: str = ""
     """why there was another one before, in words; empty for the first"""
+    yielded: bool = False
+    """whether that one gave way to this one"""
     managed: bool = False
     """whether a service manager keeps the descriptors when the supervisor dies"""
     kept: dict[str, int] = field(default_factory=dict)
@@ -41,9 +43,12 @@ class Link:
         self._socket = socket.socket(fileno=fd)
         self._socket.set_inheritable(False)
 
-    def stand_by(self, version: str) -> Go | None:
-        """Say that everything is imported, wait to be told to serve. None when there is no supervisor any more."""
-        self._tell({"warm": version})
+    def stand_by(self, version: str, ledger: int) -> Go | None:
+        """Say that everything is imported, wait to be told to serve. None when there is no supervisor any more.
+
+        ``ledger`` is the format in which this version keeps and reads the ledger.
+        """
+        self._tell({"warm": version, "ledger": ledger})
         data, fds, _, _ = socket.recv_fds(self._socket, MAX_MESSAGE, _MOST_FDS)
         if not data:
             return None
@@ -51,7 +56,9 @@ class Link:
             os.set_inheritable(fd, False)
         facts = json.loads(data)["go"]
         kept = dict(zip(facts["kept"], fds, strict=True))
-        return Go(facts["pid"], facts["starts"], facts["crashes"], facts["why"], facts["managed"], kept)
+        return Go(
+            facts["pid"], facts["starts"], facts["crashes"], facts["why"], facts["yielded"], facts["managed"], kept
+        )
 
     def keep(self, name: str, fd: int) -> None:
         """Let the supervisor hold a descriptor for the daemons after this one."""

@@ -7,7 +7,7 @@ memory wait instead of failing. So when a daemon dies another one gets all three
 
 Between it and a daemon goes a socket for packets, each a JSON object, some with descriptors:
 
-    daemon says   {"warm": VERSION}      everything is imported; told by one that stands by
+    daemon says   {"warm": VERSION, "ledger": FORMAT}   everything is imported; told by one that stands by
                   {"keep": NAME}         with a descriptor
                   {"ready": VERSION}     it serves
                   {"done": true}         it has unmounted, and closes the store now
@@ -80,27 +80,33 @@ class Settings(NamedTuple):
 class Child:
     """A daemon: standing by, serving, or on its way out."""
 
-    def __init__(self, command: list[str]) -> None:
+    def __init__(self, command: list[str], words: int | None = None) -> None:
+        """Start it; ``words`` is a file for what it writes to standard error."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             theirs.set_inheritable(True)
             hidden = ("NOTIFY_SOCKET", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
             environment = {name: value for name, value in os.environ.items() if name not in hidden}
             argv = [str(theirs.fileno()) if word == LINK else word for word in command]
-            self.pid = os.posix_spawn(argv[0], argv, environment, setsid=True)
+            error = [] if words is None else [(os.POSIX_SPAWN_DUP2, words, 2)]
+            self.pid = os.posix_spawn(argv[0], argv, environment, setsid=True, file_actions=error)
         self.socket = ours
         self.socket.setblocking(False)
         self.exit = os.pidfd_open(self.pid)
+        self.command = command
+        self.words = words
         self.version = ""
+        self.ledger = 0
+        """the format of its ledger"""
         self.warm = self.ready = self.done = False
 
     @classmethod
-    def known(cls, pid: int, fd: int, version: str) -> "Child":
+    def known(cls, pid: int, fd: int, command: list[str], version: str, ledger: int) -> "Child":
         """The serving daemon of the supervisor that this process was before."""
         child = cls.__new__(cls)
         child.pid, child.socket, child.exit = pid, socket.socket(fileno=fd), os.pidfd_open(pid)
         child.socket.set_inheritable(False)
-        child.version = version
+        child.command, child.words, child.version, child.ledger = command, None, version, ledger
         child.warm = child.ready = True
         child.done = False
         return child
@@ -122,6 +128,20 @@ class Child:
         self.socket.close()
         return os.waitstatus_to_exitcode(status)
 
+    def last_words(self) -> str:
+        """The last line that it wrote to its file, which is closed."""
+        if self.words is None:
+            return "its log tells why"
+        text = os.pread(self.words, MAX_MESSAGE, max(0, os.fstat(self.words).st_size - MAX_MESSAGE))
+        self.close_words()
+        return (text.decode(errors="backslashreplace").strip() or "without a word").splitlines()[-1]
+
+    def close_words(self) -> None:
+        """What it writes to standard error now is not for us."""
+        if self.words is not None:
+            os.close(self.words)
+            self.words = None
+
 
 class Supervisor:
     """One mount, and the daemons that serve it one after the other."""
@@ -142,6 +162,10 @@ class Supervisor:
         self.crashes: list[float] = []
         self.deaths = self.starts = 0
         self.why = ""
+        self.ledger = 0  # the format of the ledger that is kept
+        self.fallback: list[str] | None = None  # the command before an upgrade, until that has served
+        self.established = False  # a mount is there that clients may use
+        self.yielded = False  # the last daemon did
         self.halted = self.stopping = False
         self.start_at: float | None = None
         self.standby_at: float | None = None
@@ -168,6 +192,7 @@ class Supervisor:
         else:
             self.adopt()
             if self.kept:
+                self.established = True
                 self.why = "the supervisor before this one is gone"
             self.start()
         while self.status is None:
@@ -184,17 +209,20 @@ class Supervisor:
         child = self.serving
         if program is None or child is None:
             return
+        waiting = [client.fileno() for client in self.waiting]
         state = {
             "kept": self.kept,
             "pid": child.pid,
             "socket": child.socket.fileno(),
             "version": child.version,
+            "ledger": child.ledger,
+            "waiting": waiting,
             "starts": self.starts,
             "deaths": self.deaths,
             "why": self.why,
         }
         settings = self.settings._replace(command=self.command, ready=-1)
-        held = [*self.kept.values(), child.socket.fileno()]
+        held = [*self.kept.values(), child.socket.fileno(), *waiting]
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # one that comes meanwhile waits
         for fd in held:
             os.set_inheritable(fd, True)
@@ -212,9 +240,13 @@ class Supervisor:
         for fd in self.kept.values():
             os.set_inheritable(fd, False)
         self.starts, self.deaths, self.why = state["starts"], state["deaths"], state["why"]
-        self.serving = Child.known(state["pid"], state["socket"], state["version"])
+        self.ledger, self.established = state["ledger"], True
+        self.serving = Child.known(state["pid"], state["socket"], self.command, state["version"], self.ledger)
         self.attend(self.serving)
         self.listen()
+        for fd in state["waiting"]:
+            with socket.socket(fileno=fd) as client, suppress(OSError):
+                client.sendall(self.served_by(self.serving))
         self.standby_at = time.monotonic() + STANDBY_AFTER
 
     def watch(self, fd: int, handler: Callable[[int], object], events: int = select.POLLIN) -> None:
@@ -240,7 +272,11 @@ class Supervisor:
         if self.standby_at is not None and now >= self.standby_at:
             self.standby_at = None
             if self.standby is None and self.successor is None and not self.stopping:
-                self.standby = self.spawn(self.command)
+                try:
+                    self.standby = self.spawn(self.command)
+                except OSError as exc:
+                    self.say(f"no daemon stands by: {self.command[0]} does not start: {exc.strerror}; will try again")
+                    self.standby_at = now + STANDBY_AGAIN
         if self.deadline is not None and now >= self.deadline:
             self.deadline = None
             if self.successor is not None and not self.successor.warm:
@@ -265,9 +301,9 @@ class Supervisor:
 
     # -- daemons
 
-    def spawn(self, command: list[str]) -> Child:
-        """Start a daemon, which imports everything and then waits to be told more."""
-        child = Child(command)
+    def spawn(self, command: list[str], words: int | None = None) -> Child:
+        """Start a daemon, which imports everything and then waits to be told more. Raises OSError."""
+        child = Child(command, words)
         self.attend(child)
         return child
 
@@ -279,7 +315,11 @@ class Supervisor:
     def start(self) -> None:
         """Let a daemon serve: the one that stands by, or a new one, which reads the message when it can."""
         self.start_at = self.deadline = None
-        child = self.successor or self.standby or self.spawn(self.command)
+        try:
+            child = self.successor or self.standby or self.spawn(self.command)
+        except OSError as exc:
+            self.failed(f"{self.command[0]} does not start: {exc.strerror}")
+            return
         if child is self.standby:
             self.standby = None
         self.successor = None
@@ -290,6 +330,7 @@ class Supervisor:
             "starts": self.starts,
             "crashes": self.deaths,
             "why": self.why,
+            "yielded": self.yielded,
             "pid": os.getpid(),
             "managed": "NOTIFY_SOCKET" in os.environ,
         }
@@ -313,9 +354,9 @@ class Supervisor:
         if "keep" in message:
             self.keep(message["keep"], fds[0])
         elif "warm" in message:
-            child.warm, child.version = True, message["warm"]
+            child.warm, child.version, child.ledger = True, message["warm"], message["ledger"]
             if child is self.successor:
-                self.hand_over()
+                self.hand_over(child)
         elif "ready" in message:
             self.became_ready(child, message["ready"])
         elif "done" in message:
@@ -325,6 +366,8 @@ class Supervisor:
     def became_ready(self, child: Child, version: str) -> None:
         """A daemon serves."""
         child.ready, child.version = True, version
+        self.established, self.ledger, self.fallback = True, child.ledger, None
+        child.close_words()
         if self.ready >= 0:
             os.write(self.ready, b"ready\n")
             os.close(self.ready)
@@ -337,8 +380,13 @@ class Supervisor:
             self.listen()
         notify("READY=1\nSTATUS=Serving " + self.settings.mountpoint)
         self.standby_at = time.monotonic() + (STANDBY_SOON if self.starts > 1 else STANDBY_AFTER)
-        self.answer_waiting({"done": {"pid": child.pid, "version": version}})
-        self.renew()
+        self.renew()  # which answers
+        self.answer_waiting(self.served_by(child))
+
+    @staticmethod
+    def served_by(child: Child) -> bytes:
+        """The answer to those that wait for an upgrade."""
+        return line({"done": {"pid": child.pid, "version": child.version}})
 
     def ended(self, child: Child) -> None:
         """A daemon is gone."""
@@ -354,7 +402,7 @@ class Supervisor:
             self.successor = None
             self.deadline = None
             self.renewal = None
-            self.answer_waiting({"failed": f"the new daemon {how(code)}: the one before goes on serving"})
+            self.refuse(f"the new daemon {how(code)} ({child.last_words()}): {self.who_stays()}")
             self.standby_at = time.monotonic() + STANDBY_AFTER
         elif child is self.serving:
             self.serving = None
@@ -363,12 +411,15 @@ class Supervisor:
 
     def lost(self, child: Child, code: int) -> None:
         """The daemon that served is gone: the end of the mount, or another one's turn."""
-        if child.done or code == 0 or "fuse" not in self.kept:
-            # An orderly end, or one that never mounted: its status tells.
-            self.status = code if code >= 0 else 128 - code
-            self.answer_waiting({"failed": "the mount is gone"})
+        if child.done or code == 0 or not self.established:
+            # An orderly end, or one that never served: its status tells.
+            if code < 0 and not self.established:
+                self.say(f"the daemon {how(code)} before the mount was ready")
+            self.end(code if code >= 0 else 128 - code, unmount="fuse" in self.kept)
+            self.refuse("the mount is gone")
         elif code == YIELDED and self.successor is not None:
-            self.why = f"takes over from version {child.version}, which yielded"
+            self.why = f"the daemon before this one (process {child.pid}, version {child.version or 'unknown'}) yielded"
+            self.yielded = True
             self.start()
         elif self.stopping:
             self.end(0)
@@ -376,24 +427,32 @@ class Supervisor:
             self.crashed(child, code)
 
     def crashed(self, child: Child, code: int) -> None:
-        """It died: start another, unless that keeps happening."""
-        now = time.monotonic()
+        """It died: start another."""
         self.deaths += 1
-        self.crashes = [when for when in self.crashes if now - when < WINDOW] + [now]
+        self.yielded = False
         self.why = f"the daemon before this one (process {child.pid}) {how(code)}"
         # In its absence nobody else would see that the mount is unmounted.
         self.watch(self.kept["fuse"], self.unmounted, 0)
+        if self.fallback is not None and not child.ready:
+            self.command, self.fallback, self.renewal = self.fallback, None, None
+            self.refuse(f"the new daemon {how(code)} ({child.last_words()}): one as before takes over again")
+        self.failed(how(code))
+
+    def failed(self, cause: str) -> None:
+        """A daemon died or did not start: start another, unless that keeps happening."""
+        now = time.monotonic()
+        self.crashes = [when for when in self.crashes if now - when < WINDOW] + [now]
         if len(self.crashes) >= CRASHES:
             self.halted = True
             where = self.settings.mountpoint
             text = (
-                f"{len(self.crashes)} daemons died within {WINDOW:.0f} s, the last {how(code)}: started no other. "
+                f"{len(self.crashes)} daemons died within {WINDOW:.0f} s, the last {cause}: started no other. "
                 f"Guests of {where} wait, the store is intact. Go on with `ramfs upgrade {where}`, "
                 f"or give them up with `ramfs umount --abort {where}`"
             )
             self.say(text)
             notify("STATUS=" + text)
-            self.answer_waiting({"failed": text})
+            self.refuse(text)
             return
         extra = len(self.crashes) - PATIENT
         if extra <= 0:
@@ -448,16 +507,20 @@ class Supervisor:
         notify("STOPPING=1")
         if self.serving is not None:
             self.serving.tell({"stop": True})
-        else:
+        elif self.halted:
             self.end(0)
+        else:
+            self.start()  # it waits for nothing: what guests have stored is to be flushed
 
-    def end(self, status: int) -> None:
+    def end(self, status: int, *, unmount: bool = True) -> None:
         """End the mount where there is no daemon that could."""
+        self.status = status
         self.drop("fuse")  # what waits for an answer fails now, the unmounting among it
+        if not unmount:
+            return
         argv = self.settings.unmount
         pid = os.posix_spawnp(argv[0], argv, os.environ, setsid=True)
         os.waitpid(pid, 0)
-        self.status = status
 
     def listen(self) -> None:
         """Take commands."""
@@ -505,10 +568,10 @@ class Supervisor:
             return
         command(client, request)
 
-    def answer(self, client: socket.socket, message: dict[str, Any]) -> None:
+    def answer(self, client: socket.socket, answer: bytes) -> None:
         """Send a line; who does not take it at once is hung up on."""
         try:
-            client.sendall(json.dumps(message).encode() + b"\n")
+            client.sendall(answer)
         except OSError:
             self.hang_up(client.fileno())
 
@@ -521,35 +584,35 @@ class Supervisor:
             self.unwatch(fd)
             client.close()
 
-    def answer_waiting(self, message: dict[str, Any]) -> None:
+    def answer_waiting(self, answer: bytes) -> None:
         """Tell those that wait for an upgrade what came of it."""
         for client in list(self.waiting):
-            self.answer(client, message)
+            self.answer(client, answer)
         self.waiting = []
+
+    def refuse(self, why: str) -> None:
+        """Tell those that wait for an upgrade why there is none."""
+        self.answer_waiting(line({"failed": why}))
 
     def tell_status(self, client: socket.socket, _: dict[str, Any]) -> None:
         """The state of things."""
         state = "halted" if self.halted else "serving" if self.serving and self.serving.ready else "starting"
         serving = self.serving
-        self.answer(
-            client,
-            {
-                "done": {
-                    "state": state,
-                    "pid": os.getpid(),
-                    "daemon": serving.pid if serving else None,
-                    "standby": self.standby.pid if self.standby else None,
-                    "starts": self.starts,
-                    "crashes": self.deaths,
-                    "why": self.why,
-                }
-            },
-        )
+        facts = {
+            "state": state,
+            "pid": os.getpid(),
+            "daemon": serving.pid if serving else None,
+            "standby": self.standby.pid if self.standby else None,
+            "starts": self.starts,
+            "crashes": self.deaths,
+            "why": self.why,
+        }
+        self.answer(client, line({"done": facts}))
 
     def upgrade(self, client: socket.socket, request: dict[str, Any]) -> None:
         """Replace the daemon by one that the given command starts; where none serves, start that one."""
         if self.stopping or self.successor is not None:
-            self.answer(client, {"failed": "the mount is being taken down, or upgraded already"})
+            self.answer(client, line({"failed": "the mount is being taken down, or upgraded already"}))
             return
         self.waiting.append(client)
         if self.standby is not None:
@@ -558,19 +621,34 @@ class Supervisor:
             self.unwatch(standby.socket.fileno())
             standby.kill()
             standby.reap()
-        self.command = [request["python"], *self.command[1:]]
-        self.renewal = [request["python"], "-I", "-S", request["script"]]
+        python = str(request.get("python", self.command[0]))
+        self.renewal = [python, "-I", "-S", str(request["script"])] if "script" in request else None
+        # In the background nobody reads its standard error before it serves, and it closes that then.
+        words = os.memfd_create("words") if self.settings.log else None
         try:
-            self.successor = self.spawn(self.command)
+            self.successor = self.spawn([python, *self.command[1:]], words)
         except OSError as exc:
             self.renewal = None
-            self.answer_waiting({"failed": f"{request['python']} does not start: {exc.strerror}"})
+            self.refuse(f"{python} does not start: {exc.strerror}; {self.who_stays()}")
+            self.standby_at = time.monotonic() + STANDBY_AFTER
             return
         self.deadline = time.monotonic() + WARM_TIMEOUT
 
-    def hand_over(self) -> None:
+    def who_stays(self) -> str:
+        """What comes of an upgrade that failed."""
+        return "the one before goes on serving" if self.serving else "still none serves"
+
+    def hand_over(self, successor: Child) -> None:
         """The successor of an upgrade is there."""
         self.deadline = None
+        if self.ledger not in (0, successor.ledger):
+            self.refuse(
+                f"version {successor.version} keeps its records of what the kernel has in another format, and cannot "
+                f"take over: {self.who_stays()}. Unmount and mount again"
+            )
+            successor.kill()  # which nobody waits for any more
+            return
+        self.fallback, self.command = self.command, successor.command
         if self.serving is None:
             self.halted = False
             self.crashes = []
@@ -591,19 +669,24 @@ class Supervisor:
             if gone.poll(ABORT_TIMEOUT * 1000):  # else it waits for a disk, say, and the kernel must cut the connection
                 child.reap()
         self.end(ABORTED)
-        self.answer(client, {"done": {}})
+        self.answer(client, line({"done": {}}))
 
     # -- words
 
     def say(self, text: str) -> None:
         """Log a warning."""
-        line = f"ramfs: WARNING: {text}\n"
+        warning = f"ramfs: WARNING: {text}\n"
         if self.settings.log and self.ready < 0:
             with suppress(OSError), open(self.settings.log, "a") as file:
-                file.write(time.strftime("%F %T ") + line)
+                file.write(time.strftime("%F %T ") + warning)
                 return
-        sys.stderr.write(line)
+        sys.stderr.write(warning)
         sys.stderr.flush()
+
+
+def line(message: dict[str, Any]) -> bytes:
+    """An answer to a command."""
+    return json.dumps(message).encode() + b"\n"
 
 
 def how(code: int) -> str:

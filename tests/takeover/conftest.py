@@ -45,6 +45,7 @@ class Request(IntEnum):
     OPENDIR = 27
     RELEASEDIR = 29
     FSYNCDIR = 30
+    INIT = 26
     CREATE = 35
     IOCTL = 39
     READDIRPLUS = 44

@@ -611,7 +611,7 @@ class Birth:
 # --- the killing ---
 
 #: Enough mounts for none to see so many deaths in a row that its daemons are held back.
-MOUNTS = 4
+MOUNTS = 7
 
 
 @pytest.fixture(scope="module")
