@@ -92,7 +92,8 @@ def answer_to(mountpoint: bytes, job: Any) -> tuple[Any, ...]:
 
 
 def look(mountpoint: bytes) -> tuple[int, int]:
-    """The device and inode number at the mountpoint."""
+    """The device and inode number at the mountpoint, once the daemon has answered something."""
+    os.statvfs(mountpoint)  # attributes the kernel may know from the daemon before
     status = os.stat(mountpoint)
     return status.st_dev, status.st_ino
 

@@ -23,7 +23,7 @@ Mask = NDArray[np.bool_]
 CHUNK_SHIFT: Final = 10
 #: Pages for each chunk of a table.
 CHUNK: Final = 1 << CHUNK_SHIFT
-NORESERVE: Final = 0x4000  # MAPNORESERVE, which Python has from 3.12 on
+NORESERVE: Final = 0x4000  # MAP_NORESERVE, which Python has from 3.12 on
 _SLICE: Final = 1 << 16
 """Entries that a search looks at in one go: it needs no more memory than that, and stops early."""
 ENTRY: Final = 4

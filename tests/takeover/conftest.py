@@ -90,9 +90,13 @@ class Assassin:
 class Victim:
     """A mount and its assassin."""
 
-    def __init__(self, base: Path, library: Path, options: tuple[str, ...] = ()) -> None:
+    def __init__(self, base: Path, library: Path, options: tuple[str, ...] = (), *, resends: bool = True) -> None:
+        """Without ``resends`` as on a kernel before 6.9, which cannot be asked for unanswered requests."""
+        self.resends = resends
         self.assassin = Assassin(base / "assassin")
         env = {"LD_PRELOAD": str(library), "ASSASSIN": str(base / "assassin")}
+        if not resends:
+            env["RAMFS_NO_RESEND"] = "1"
         self.mount = Mount(base / "store", base / "mnt", options, env=env)
         self.mount.expect(r"\(process \d+\) was ended by signal 9; going on")
         self._numbers = itertools.count()
