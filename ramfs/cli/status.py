@@ -12,9 +12,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ramfs.cli._mounts import MountEntry, ask, locate, running
+from ramfs.cli import _mounts
+from ramfs.cli._mounts import FSTYPE, MountEntry, ask, locate, mounted_at, running
 from ramfs.cli._text import human, printable
 from ramfs.errors import MountError
+from ramfs.supervisor import client as supervisor
 
 #: Seconds between two looks of ``--watch``.
 _PERIOD: Final = 1.0
@@ -23,6 +25,8 @@ _PERIOD: Final = 1.0
 def read_status(entry: MountEntry) -> dict[str, Any]:
     """What the daemon of a mount says of itself. Raises MountError."""
     path = os.path.join(entry.mountpoint, ".ramfs/status.json")
+    if _supervisor(entry).get("state") == "halted":
+        raise MountError(_unserved(entry))
 
     def read() -> dict[str, Any]:
         with open(path, "rb", buffering=0) as file:
@@ -31,12 +35,52 @@ def read_status(entry: MountEntry) -> dict[str, Any]:
 
     try:
         return ask(entry.mountpoint, read)
+    except MountError:
+        raise MountError(_unserved(entry)) from None
     except PermissionError:
         raise MountError(f"you may not read {path}: ask as the owner of the mount, or as root") from None
     except OSError as exc:
         raise MountError(
             f"{entry.mountpoint} does not answer ({exc.strerror}): if its daemon died, unmount it and mount again"
         ) from exc
+
+
+def _supervisor(entry: MountEntry) -> dict[str, Any]:
+    """What the supervisor of a mount says of itself; nothing when there is none, or not for us."""
+    try:
+        return supervisor.ask(entry.source, "status", patience=_mounts.PATIENCE)
+    except MountError:
+        return {}
+
+
+def _unserved(entry: MountEntry) -> str:
+    """What to say and to do about a mount whose daemon does not answer."""
+    where, facts = entry.mountpoint, _supervisor(entry)
+    match facts.get("state"):
+        case "halted":
+            return f"{where} is not served: {facts.get('halted', facts['why'])}"
+        case "serving":
+            return (
+                f"{where} does not answer: its daemon, process {facts['daemon']}, hangs or is stopped; "
+                "once that is killed another one goes on"
+            )
+        case "starting":
+            return f"{where} does not answer yet: its supervisor, process {facts['pid']}, is starting a daemon"
+    return f"{where} does not answer: its daemon hangs, or is stopped; end that daemon first"
+
+
+def _find(path: str) -> MountEntry:
+    """The mount that a path lies in. A mountpoint itself is known without asking the mount."""
+    entry = mounted_at(path)
+    return entry if entry is not None and entry.fstype == FSTYPE and entry.root == "/" else locate(path)[0]
+
+
+def _history(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows on what became of the daemons of a mount."""
+    rows = [("supervisor", f"pid {facts['pid']}, {facts['starts']} daemons so far, of which {facts['crashes']} died")]
+    if facts["why"]:
+        rows.append(("last start", facts["why"]))
+    return rows
 
 
 def read_all() -> list[dict[str, Any]]:
@@ -63,6 +107,7 @@ def picture(statuses: list[dict[str, Any]]) -> RenderableType:
         rows = [
             ("store", printable(status["store"])),
             ("daemon", f"pid {status['pid']}, version {status['version']}, up {status['uptime_seconds']:.0f} s"),
+            *_history(status["supervisor"]),
             ("images", f"{images['total']}, of which {images['frozen']} frozen, {images['in_use']} in use"),
             ("snapshots", str(status["snapshots"])),
             ("layers", f"{layers['live']} live, {layers['sealed']} sealed, {layers['undigested']} without digests yet"),
@@ -92,7 +137,7 @@ def status(path: str | None, watch: bool, as_json: bool) -> None:
     """Show the mount that PATH lies in, or all ramfs mounts."""
 
     def look() -> list[dict[str, Any]]:
-        return read_all() if path is None else [read_status(locate(path)[0])]
+        return read_all() if path is None else [read_status(_find(path))]
 
     def text(statuses: list[dict[str, Any]]) -> str:
         return json.dumps(statuses if path is None else statuses[0], indent=None if watch else 2)

@@ -13,13 +13,13 @@ from ramfs.supervisor.process import SOCKET
 PATIENCE: Final = 120.0
 
 
-def ask(store: str, do: str, **more: Any) -> dict[str, Any]:
+def ask(store: str, do: str, *, patience: float = PATIENCE, **more: Any) -> dict[str, Any]:
     """Ask the supervisor of the mount of ``store``: ``status``, ``upgrade`` (``python``, ``script``) or ``abort``.
 
     Returns its facts. Raises MountError when there is none, when it refuses or when it fails.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(PATIENCE)
+        sock.settimeout(patience)
         try:
             directory = os.open(store, os.O_PATH | os.O_DIRECTORY)
             with contextlib.ExitStack() as stack:
@@ -28,7 +28,7 @@ def ask(store: str, do: str, **more: Any) -> dict[str, Any]:
             sock.sendall(json.dumps({"do": do, **more}).encode() + b"\n")
             answer = sock.makefile("rb").readline()
         except TimeoutError:
-            raise MountError(f"the supervisor of {store} has not answered within {PATIENCE:.0f} s") from None
+            raise MountError(f"the supervisor of {store} has not answered within {patience:.0f} s") from None
         except OSError as exc:
             raise MountError(
                 f"there is no supervisor of {store} to talk to ({exc.strerror}): is it mounted, and are you its owner?"

@@ -166,7 +166,8 @@ class Supervisor:
         self.fallback: list[str] | None = None  # the command before an upgrade, until that has served
         self.established = False  # a mount is there that clients may use
         self.yielded = False  # the last daemon did
-        self.halted = self.stopping = False
+        self.stopping = False
+        self.halted = ""  # why no further daemon is started
         self.start_at: float | None = None
         self.standby_at: float | None = None
         self.deadline: float | None = None  # of a successor to be warm, or of the serving one to yield
@@ -196,9 +197,9 @@ class Supervisor:
                 self.why = "the supervisor before this one is gone"
             self.start()
         while self.status is None:
-            for fd, event in self.poll.poll(self.until()):
-                if fd in self.handlers:
-                    self.handlers[fd](event)
+            for fd, event, handler in [(fd, event, self.handlers[fd]) for fd, event in self.poll.poll(self.until())]:
+                if self.handlers.get(fd) is handler:  # else it is closed, and perhaps opened for something else
+                    handler(event)
             self.tick()
         self.close()
         return self.status
@@ -443,13 +444,13 @@ class Supervisor:
         now = time.monotonic()
         self.crashes = [when for when in self.crashes if now - when < WINDOW] + [now]
         if len(self.crashes) >= CRASHES:
-            self.halted = True
             where = self.settings.mountpoint
             text = (
                 f"{len(self.crashes)} daemons died within {WINDOW:.0f} s, the last {cause}: started no other. "
                 f"Guests of {where} wait, the store is intact. Go on with `ramfs upgrade {where}`, "
                 f"or give them up with `ramfs umount --abort {where}`"
             )
+            self.halted = text
             self.say(text)
             notify("STATUS=" + text)
             self.refuse(text)
@@ -606,6 +607,7 @@ class Supervisor:
             "starts": self.starts,
             "crashes": self.deaths,
             "why": self.why,
+            "halted": self.halted,
         }
         self.answer(client, line({"done": facts}))
 
@@ -650,7 +652,7 @@ class Supervisor:
             return
         self.fallback, self.command = self.command, successor.command
         if self.serving is None:
-            self.halted = False
+            self.halted = ""
             self.crashes = []
             self.start()
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -18,6 +19,7 @@ import pytest
 from cli.conftest import Place, call, needs_root, run
 
 from ramfs.cli._text import human, printable
+from ramfs.supervisor.client import ask
 
 PAGE = 4096
 
@@ -136,6 +138,56 @@ def test_through_another_place_where_it_is_bound(mounted_place: Place) -> None:
         assert (place.path / "vm/inner/ram").read_bytes() == (place.path / "vm/ram").read_bytes()
     finally:
         call("umount", bound).ok()
+
+
+def test_status_tells_of_the_daemons_before(mounted_place: Place) -> None:
+    place = mounted_place
+    facts = place.status()["supervisor"]
+    assert f"pid {facts['pid']}, 1 daemons so far, of which 0 died" in run("status", place.path).ok()
+    killed = place.status()["pid"]
+    os.kill(killed, signal.SIGKILL)
+    eventually(lambda: place.status()["pid"] != killed)
+    run("upgrade", place.path).ok()
+    now = place.status()["supervisor"]
+    assert now == {"pid": facts["pid"], "starts": 3, "crashes": 1, "why": now["why"]}
+    out = run("status", place.path, env={"COLUMNS": "200"}).ok()
+    assert f"pid {facts['pid']}, 3 daemons so far, of which 1 died" in out
+    assert f"last start  {now['why']}" in re.sub(" +│ +", "  ", out)
+    place.umount()
+
+
+def test_status_of_a_mount_whose_daemons_die(mounted_place: Place) -> None:
+    place = mounted_place
+    facts = ask(str(place.store), "status")
+    while facts["state"] != "halted":
+        if facts["daemon"] is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(facts["daemon"], signal.SIGKILL)
+        time.sleep(0.02)
+        facts = ask(str(place.store), "status")
+    words = (place.path, "8 daemons died", "ended by signal 9", "ramfs upgrade", "ramfs umount --abort")
+    run("status", place.path).failed(8, *words)
+    (line,) = (line for line in run("status").err.splitlines() if str(place.path) in line)
+    assert all(str(word) in line for word in words)
+    run("upgrade", place.path).ok()
+    assert "9 daemons so far, of which 8 died" in run("status", place.path, env={"COLUMNS": "200"}).ok()
+    place.umount()
+
+
+def test_status_of_a_daemon_that_is_stopped(mounted_place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ramfs.cli import _mounts, status
+    from ramfs.errors import MountError
+
+    monkeypatch.setattr(_mounts, "PATIENCE", 0.3)
+    entry = _mounts.mounted_at(str(mounted_place.path))
+    assert entry is not None
+    pid = mounted_place.status()["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(MountError, match=f"process {pid}, hangs or is stopped; once that is killed another one goes"):
+        status.read_status(entry)
+    os.kill(pid, signal.SIGKILL)
+    assert mounted_place.status()["pid"] != pid
+    mounted_place.umount()
 
 
 # --- metrics ---
