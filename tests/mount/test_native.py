@@ -403,6 +403,40 @@ def test_a_mapping_outlives_a_killed_daemon(make_mount: Callable[..., Mount]) ->
     eventually(lambda: status(mount.path)["store_bytes"]["layers"] < 2 * MB, "the pages are given back")
 
 
+def test_the_next_daemon_goes_on(make_mount: Callable[..., Mount]) -> None:
+    """What is native stays so, what is cached stays so, and mapped files do not even notice."""
+    mount = make_mount()
+    (mount.path / "vm").mkdir()
+    expected = write(mount.path / "vm" / "ram", (0, pattern(MB)), (2 * MB, pattern(MB)))
+    frozen = freeze(mount.path / "vm")
+    second_layer(mount.path / "vm" / "ram")
+    cached_one = freeze(mount.path / "vm", "two-layers")
+    layer = min((mount.store / "layers").glob("*.ram"))
+    with opened(frozen, os.O_RDONLY) as fd, opened(cached_one, os.O_RDONLY) as other, Mapping(fd) as memory:
+        old = mount.kill_daemon()
+        assert memory.bytes() == expected  # while nobody serves the mount
+        assert os.pread(fd, SIZE, 0) == expected
+        eventually(lambda: status(mount.path)["pid"] != old, "another daemon serves")
+        run = subprocess.run(
+            [sys.executable, "-m", "ramfs", "flatten", cached_one], capture_output=True, text=True, check=False
+        )
+        assert "flattened" in run.stdout, run
+        for path, native in ((frozen, True), (cached_one, False)):
+            with opened(path, os.O_RDONLY) as again:
+                assert os.pread(again, SIZE, 0) == read(path)
+                told = {file["path"]: file["native"] for file in status(mount.path)["open_files"]}
+                assert told[str(path.relative_to(mount.path))] is native
+        assert os.pread(other, SIZE, 0) == read(cached_one)
+    eventually(lambda: not natives(mount.path), "all handles are released")
+    assert is_native(cached_one)
+
+    def held() -> bool:
+        with opened(layer, os.O_RDONLY) as fd:
+            return errno_of(lambda: fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)) == errno.EAGAIN
+
+    eventually(lambda: not held(), "the kernel has let go of the layer")
+
+
 # --- where it cannot be ---
 
 

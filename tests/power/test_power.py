@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import trio
 from harness import Mount
 from mount.posix import PUNCH, fallocate
 from power.disk import SECTOR, RecordedDisk, Replay, mounted_image
@@ -30,7 +31,7 @@ import ramfs.store.check
 import ramfs.store.store
 from ramfs.errors import FileError
 from ramfs.store.repair import check_store
-from ramfs.units import PAGE
+from ramfs.units import PAGE, ROOT, SNAP_BIT, InodeNumber
 
 #: What the workload does, and how often.
 WEIGHTS = {"write": 10, "zero": 3, "punch": 3, "partial": 4, "truncate": 2, "sync": 5, "snapshot": 3, "forget": 1}
@@ -315,6 +316,9 @@ class Inside(Workload):
     def keep_house(self) -> None:
         if self.rng.random() < 0.5:
             self.kit.digest()
+        there = self.kit.space.names(InodeNumber(self.kit.space.lookup(ROOT, b"vm").ino | SNAP_BIT))
+        for _, name, _ in list(there)[-1:]:  # the youngest snapshot becomes flat
+            trio.run(self.kit.pager.flatten, self.kit.image(f"vm/.snap/{os.fsdecode(name)}/ram"), lambda _: None)
         self.kit.merge(above=2)
 
 

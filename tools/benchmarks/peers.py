@@ -92,7 +92,7 @@ class Mounted:
 
 
 @contextmanager
-def ramfs_mount(bench: Bench, below: Path | None = None) -> Iterator[Mounted]:
+def ramfs_mount(bench: Bench, below: Path | None = None, options: Sequence[str] = ()) -> Iterator[Mounted]:
     """A mount with a store on tmpfs, or in the directory ``below``."""
     store, root = bench.fresh("store"), bench.fresh("ramfs")
     store = store if below is None else below / store.name
@@ -101,7 +101,8 @@ def ramfs_mount(bench: Bench, below: Path | None = None) -> Iterator[Mounted]:
         raise Unavailable(f"{bench.ramfs[0]} does not exist; tools/setup makes it")
     pid = 0
     try:
-        _detached([*bench.ramfs, "mount", str(store), str(root)])
+        given = [word for option in options for word in ("-o", option)]
+        _detached([*bench.ramfs, "mount", *given, str(store), str(root)])
         pid = int(json.loads((root / ".ramfs" / "status.json").read_text())["pid"])
         yield Mounted(root, store, pid)
     finally:

@@ -2,7 +2,9 @@
 
    Maps FILE (MAP_SHARED) with none of it in the page cache, and touches one page in
    every STEP pages. ORDER: random (a random page of each step, steps shuffled) or
-   sequential. ACCESS: read or write. ADVICE: none, random, huge. Prints JSON.
+   sequential. ACCESS: read or write; private or cow, which are the same in a private mapping
+   of a file that is open for reading only, as a dense clone has its template.
+   ADVICE: none, random, huge. Prints JSON.
 
    In random order with STEP 16 no touch lies in the 64 KiB that an earlier one mapped
    around itself, so each is a fault, on tmpfs too. The file is opened once and its size
@@ -56,18 +58,19 @@ int main(int argc, char **argv) {
     size_t size = strtoull(argv[2], NULL, 0), pages = size / PAGE;
     int shuffled = !strcmp(argv[3], "random");
     size_t step = strtoull(argv[4], NULL, 0), count = pages / step;
-    writing = !strcmp(argv[5], "write");
+    int private = !strcmp(argv[5], "private") || !strcmp(argv[5], "cow");
+    writing = !strcmp(argv[5], "write") || !strcmp(argv[5], "cow");
     int threads = atoi(argv[7]);
     uint64_t state = seed = seeded(argv[8]);
 
-    int fd = open(argv[1], O_RDWR);
+    int fd = open(argv[1], private ? O_RDONLY : O_RDWR);
     if (fd < 0)
         die(argv[1]);
     if (fsync(fd))
         die("fsync");
     if ((errno = posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED)))
         die("posix_fadvise");
-    base = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    base = mmap(NULL, size, PROT_READ | PROT_WRITE, private ? MAP_PRIVATE : MAP_SHARED, fd, 0);
     if (base == MAP_FAILED)
         die("mmap");
     unsigned char *in_core = malloc(pages);
