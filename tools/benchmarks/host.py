@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from . import peers
-from .bench import PAGE, Bench, Unavailable, run
-from .cases import RAMFS, case, disk
+from .bench import PAGE, Bench, Unavailable, bdi, run, unmount
+from .cases import RAMFS, case, dense, disk, serve, set_read_ahead, turns
 from .stats import Goal, Measure
 
 IN_MEMORY, PLAIN = "ramfs, store on tmpfs", "plain file on the same disk"
@@ -33,6 +33,12 @@ def cached(path: Path) -> int:
         return found[0] * PAGE
     finally:
         os.close(fd)
+
+
+def top(pid: int) -> int:
+    """The first of the processes that serve a mount: what has started the daemon, if that is still there."""
+    parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return parent if parent > 1 and b"ramfs" in Path(f"/proc/{parent}/cmdline").read_bytes() else pid
 
 
 def private(pid: int) -> int:
@@ -66,7 +72,13 @@ def ground(bench: Bench, name: str, point: Path) -> Iterator[Ground]:
         yield Ground(point)
     else:
         with peers.ramfs_mount(bench, None if name == IN_MEMORY else point) as at:
-            yield Ground(at.root, at.store, at.pid)
+            yield Ground(at.root, at.store, top(at.pid))
+
+
+def dropped() -> int:
+    """How often somebody has emptied the machine's page cache (vm.drop_caches)."""
+    text = Path("/proc/vmstat").read_text()
+    return int(next(line.split()[1] for line in text.splitlines() if line.startswith("drop_pagecache ")))
 
 
 def settle(place: Ground, files: Sequence[Path]) -> int:
@@ -86,41 +98,59 @@ def settle(place: Ground, files: Sequence[Path]) -> int:
     return last
 
 
+def footprint(bench: Bench, name: str, point: Path) -> list[float]:
+    """Memory of a guest, of 8 clones, of dense ones, in sizes of the guest; measured anew if somebody interfered."""
+    for _ in range(5):
+        before = dropped()
+        with ground(bench, name, point) as at:
+            found = [taken / bench.size for taken in footprints(bench, at)]
+        if dropped() == before:
+            return found
+        bench.say(f"  {name}: again, for somebody has dropped the page cache")
+    raise RuntimeError("the page cache is dropped all the time")
+
+
+def footprints(bench: Bench, at: Ground) -> Iterator[int]:
+    vm = at.root / "vm"
+    vm.mkdir()
+    block = vm / peers.BLOCK_FILE
+    with block.open("wb") as file:
+        file.truncate(bench.size)
+    bench.touch(block, order="sequential", access="write")
+    yield settle(at, [block])
+    copies = [at.root / f"clone{number}" for number in range(8)]
+    for copy in copies:
+        run(["cp", "-r", vm, copy])
+    clones = [copy / peers.BLOCK_FILE for copy in copies]
+    for clone in clones:
+        bench.touch(clone, order="sequential")
+    yield settle(at, clones)
+    run(["rm", "-r", *copies])
+    if at.store:
+        frozen = vm / ".snap" / "s"
+        frozen.mkdir()
+        run(["cp", "-al", frozen, copies[0]])
+        dense_clone = copies[0] / block.name
+        run(["dd", f"if={dense_clone}", "of=/dev/null", "bs=1M", "status=none"])
+        yield settle(at, [dense_clone])
+        run(["rm", "-r", copies[0]])
+        frozen.rmdir()
+    run(["rm", "-r", vm])
+
+
 @case("host", "host memory of a guest that has touched all of its own, and of 8 clones of it")
 def host(bench: Bench) -> list[Measure]:
-    size = bench.size
-    one = Measure("host memory of one guest, all stored and flushed, of its size", "x", goals=[Goal(1.15)])
-    clones = Measure("host memory of 8 clones by cp -r that have read everything, of the size of one", "x")
-    dense = Measure("host memory of 8 dense clones by cp -al that have read everything, of the size of one", "x")
-    with ExitStack() as stack:
-        point = stack.enter_context(disk(bench))
+    titles = (
+        "host memory of one guest, all stored and flushed, of its size",
+        "host memory of 8 clones by cp -r that have read everything, of the size of one",
+        "host memory of dense clones by cp -al that have read everything, of the size of one",
+    )
+    found = [Measure(title, "x", goals=[Goal(1.15)] if title == titles[0] else []) for title in titles]
+    with disk(bench) as point:
         for name in (RAMFS, IN_MEMORY, PLAIN):
-            with ground(bench, name, point) as at:
-                vm = at.root / "vm"
-                vm.mkdir()
-                block = vm / peers.BLOCK_FILE
-                with block.open("wb") as file:
-                    file.truncate(size)
-                bench.touch(block, order="sequential", access="write")
-                one.add(name, settle(at, [block]) / size)
-                copies = [at.root / f"clone{number}" for number in range(8)]
-                for copy in copies:
-                    run(["cp", "-r", vm, copy])
-                one_by_one = [copy / peers.BLOCK_FILE for copy in copies]
-                for copy in one_by_one:
-                    bench.touch(copy, order="sequential")
-                clones.add(name, settle(at, one_by_one) / size)
-                run(["rm", "-r", *copies])
-                if name != PLAIN:
-                    (vm / ".snap" / "s").mkdir()
-                    frozen = vm / ".snap" / "s" / peers.BLOCK_FILE
-                    run(["cp", "-al", frozen.parent, copies[0]])
-                    run(["dd", f"if={copies[0] / block.name}", "of=/dev/null", "bs=1M", "status=none"])
-                    dense.add(name, settle(at, [frozen]) / size)
-                    run(["rm", "-r", copies[0]])
-                    frozen.parent.rmdir()
-                run(["rm", "-r", vm])
-    return [one, clones, dense]
+            for measure, value in zip(found, footprint(bench, name, point), strict=False):
+                measure.add(name, value)
+    return found
 
 
 def written(point: Path) -> int:
@@ -159,3 +189,34 @@ def dirtying(bench: Bench) -> list[Measure]:
             peak.add(name, most[name] / work)
         places.clear()
     return [rate, peak]
+
+
+@case("tuning", "what read-ahead and the number of background requests do to cold reads")
+def tuning(bench: Bench) -> list[Measure]:
+    kinds = {  # order, pages for each touch, advice
+        "every page in order": ("sequential", 1, "none"),
+        "one page in 64 KiB, in random order": ("random", 16, "none"),
+        "one page in 16 MiB, in random order": ("random", 4096, "none"),
+        "one page in 64 KiB, in random order, MADV_HUGEPAGE": ("random", 16, "huge"),
+    }
+    settings = {RAMFS: (512, 64)} | {
+        f"read-ahead {ahead} KiB, {background} in the background": (ahead, background)
+        for ahead, background in ((0, 64), (128, 64), (256, 64), (1024, 64), (4096, 64), (512, 12), (512, 256))
+    }
+    found = {kind: Measure(f"until touched: {kind}", "ms") for kind in kinds}
+    with serve(bench, {RAMFS: peers.ramfs}, dense(bench)) as up, ExitStack() as stack:
+        at = up[RAMFS]
+        assert at.mount is not None
+        control = bench.fresh("fusectl")
+        control.mkdir()
+        run(["mount", "-t", "fusectl", "fusectl", control])
+        stack.callback(unmount, control)
+        background = control / bdi(at.mount).name.partition(":")[2] / "max_background"
+        for number, name in turns(bench, list(settings)):
+            ahead, most = settings[name]
+            set_read_ahead(at, ahead)
+            background.write_text(f"{most}\n")
+            for kind, (order, step, advice) in kinds.items():
+                seen = bench.touch(at.path, order=order, step=step, advice=advice, seed=number + 1)
+                found[kind].add(name, seen["seconds"] * 1e3)
+    return list(found.values())
