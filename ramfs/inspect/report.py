@@ -136,7 +136,7 @@ class Observer:
             lines.extend(f"ramfs_{name}{labels} {value}" for labels, value in values)
 
         metric("info", "gauge", "The serving daemon.", (f'{{version="{status["version"]}"}}', 1))
-        metric("uptime_seconds", "gauge", "Seconds since the mount began.", ("", status["uptime_seconds"]))
+        metric("uptime_seconds", "gauge", "Seconds since the serving daemon began.", ("", status["uptime_seconds"]))
         metric("images", "gauge", "Images of the store.", *(
             (f'{{state="{state}"}}', status["images"][state]) for state in ("total", "frozen", "in_use")
         ))  # fmt: skip
@@ -151,9 +151,8 @@ class Observer:
         metric("memory_bytes", "gauge", "Largest resident size of the daemon.", ("", status["memory_bytes"]))
         metric("native_files", "gauge", "Open files that the kernel serves by itself.", ("", status["native"]["files"]))
         for name, value in status["requests"].items():
-            metric(
-                f"{name}_total", "counter", f"{name.replace('_', ' ').capitalize()} since the mount began.", ("", value)
-            )
+            text = f"{name.replace('_', ' ').capitalize()} since the serving daemon began."
+            metric(f"{name}_total", "counter", text, ("", value))
         return "\n".join(lines).encode() + b"\n"
 
     def page_counter(self, image: Image) -> Callable[[], PageCounts]:
