@@ -32,7 +32,7 @@ def flatten_below(path: str, *, quiet: bool = False) -> Results:
     mount, way = locate(path)
     with _progress(quiet=quiet) as show:
         try:
-            with asked(mount, {"flatten": way}) as fd:
+            with asked(mount, {"flatten": way}, told=True) as fd:
                 while not (told := _read(fd))["finished"]:
                     show(told)
                     time.sleep(_PERIOD)

@@ -163,7 +163,7 @@ def test_a_sync_writes_only_chunks_that_changed(tmp_path: Path) -> None:
         kit.sync()
         kit.write("f", 10 * CHUNK * PAGE, bytes(PAGE))
         job = kit.store.images.sync_job([kit.image("f")])
-        ((_, _, parts),) = job.writes
+        ((_, _, _, parts),) = job.writes
         assert [(offset, len(data)) for offset, data in parts][1:] == [(HEADER + 10 * CHUNK * 4, CHUNK * 4)]
         job.run()
         job.close()
