@@ -109,11 +109,11 @@ class Victim:
 
 
 @contextlib.contextmanager
-def freed(mount: Mount) -> Iterator[None]:
+def freed(mount: Mount, patience: float = PATIENCE) -> Iterator[None]:
     """Let no system call of the block wait for ever: nothing else could end it."""
     process = mount.process
     assert process is not None
-    timer = threading.Timer(PATIENCE, lambda: mount._kill_all(process))
+    timer = threading.Timer(patience, lambda: mount._kill_all(process))
     timer.start()
     try:
         yield

@@ -1,0 +1,78 @@
+"""kill -9 and upgrades under loads that check every byte (tools/benchmarks/takeover.py): no error, nothing lost.
+
+RAMFS_KILLS=100 kills so often; `tools/bench --only takeover` does that and tells the stalls.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from harness import Mount
+from takeover.conftest import freed, fsck
+from vm.guest import Guest
+
+from tools.benchmarks import takeover
+
+KILLS = int(os.environ.get("RAMFS_KILLS", "30"))
+UPGRADES = 3
+#: Seconds between two deaths at one mount; the supervisor begins to hold daemons back then.
+GAP = 2.0
+
+
+@pytest.fixture(scope="module")
+def steady(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = Path(takeover.__file__).with_name("steady.c")
+    program = tmp_path_factory.mktemp("steady") / "steady"
+    subprocess.run(["gcc", "-O2", "-Wall", "-Wextra", "-Werror", source, "-o", program], check=True)
+    return program
+
+
+@pytest.fixture
+def mounts(shm: Path) -> Iterator[list[Mount]]:
+    mounts = [Mount(shm / f"store{n}", shm / f"mnt{n}").start() for n in range(3)]
+    for mount in mounts:
+        mount.expect(r"\(process \d+\) was ended by signal 9; going on")
+    try:
+        yield mounts
+    finally:
+        for mount in mounts:
+            mount.abandon()
+
+
+@pytest.mark.vm
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_killed_and_upgraded_under_load(mounts: list[Mount], steady: Path) -> None:
+    with ExitStack() as stack:
+        for mount in mounts:
+            stack.enter_context(freed(mount, 240 + 3 * KILLS))
+        directory = mounts[2].path / "guest"
+        directory.mkdir()
+        guest = stack.enter_context(Guest(directory / "ram", boot="fill=1:4"))
+        guest.wait_for_line("guest is up", 60)
+        guest.wait_for_line("= filled", 60)
+        storm = takeover.Storm([(m.path, m.store) for m in mounts], steady, [sys.executable, "-m", "ramfs"])
+        storm.add_guest(guest, directory)
+        storm.kill(KILLS, GAP)
+        storm.upgrade(UPGRADES)
+        storm.end()
+        for how in ("kill", "upgrade"):
+            print(how, takeover.distribution(storm.stalls(how)))
+        assert max(storm.stalls("kill")) > 0.001, "no access has waited for a daemon"
+        guest.check()
+        assert guest.process.poll() is None
+        guest.kill()
+        storm.check()
+        for mount in mounts:
+            mount.umount()
+            fsck(mount.store)
+            mount.start()
+        storm.check()
+        for mount in mounts:
+            mount.umount()
