@@ -6,20 +6,26 @@ import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from ramfs.errors import MountError, UsageError
+from ramfs.supervisor import client as supervisor
 
 FSTYPE: Final = "fuse.ramfs"
 
 #: Seconds that a daemon may take to answer a question about itself.
 PATIENCE: Final = 5.0
+#: Seconds after which it is asked whether there is one at all.
+_SOON: Final = 0.5
 
 T = TypeVar("T")
 
 
 def ask(mountpoint: str, question: Callable[[], T], patience: float | None = None) -> T:
-    """The answer to a question that touches a mount. Raises MountError when its daemon hangs, or OSError."""
+    """The answer to a question that touches a path, likely of a mount.
+
+    Raises MountError when there is none in time, because its daemon hangs, or none serves; or OSError.
+    """
     answers: list[T] = []
     errors: list[Exception] = []
 
@@ -31,12 +37,43 @@ def ask(mountpoint: str, question: Callable[[], T], patience: float | None = Non
 
     thread = threading.Thread(target=work, daemon=True)  # the kernel lets go of it when the command ends
     thread.start()
-    thread.join(PATIENCE if patience is None else patience)
+    patience = PATIENCE if patience is None else patience
+    thread.join(min(patience, _SOON))
+    if thread.is_alive():
+        place = place_of(mountpoint)
+        over = [entry for entry in mounts() if os.path.commonpath((entry.mountpoint, place)) == entry.mountpoint]
+        entry = max(over, key=lambda entry: len(entry.mountpoint))
+        if _supervisor(entry).get("state") != "halted":
+            thread.join(max(0.0, patience - _SOON))
+        if thread.is_alive():
+            raise MountError(_unserved(entry))
     if errors:
         raise errors[0]
-    if not answers:
-        raise MountError(f"{mountpoint} does not answer: its daemon hangs, or is stopped; end that daemon first")
     return answers[0]
+
+
+def _supervisor(entry: "MountEntry") -> dict[str, Any]:
+    """What the supervisor of a mount says of itself; nothing when there is none, or not for us."""
+    try:
+        return supervisor.ask(entry.source, "status", patience=PATIENCE)
+    except MountError:
+        return {}
+
+
+def _unserved(entry: "MountEntry") -> str:
+    """What to say and to do about a mount whose daemon does not answer."""
+    where, facts = entry.mountpoint, _supervisor(entry)
+    match facts.get("state"):
+        case "halted":
+            return f"{where} is not served: {facts.get('halted', facts['why'])}"
+        case "serving":
+            return (
+                f"{where} does not answer: its daemon, process {facts['daemon']}, hangs or is stopped; "
+                "once that is killed another one goes on"
+            )
+        case "starting":
+            return f"{where} does not answer yet: its supervisor, process {facts['pid']}, is starting a daemon"
+    return f"{where} does not answer: its daemon hangs, or is stopped; end that daemon first"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ramfs.cli import _mounts
 from ramfs.cli._mounts import FSTYPE, MountEntry, ask, locate, mounted_at, running
 from ramfs.cli._text import human, printable
 from ramfs.errors import MountError
-from ramfs.supervisor import client as supervisor
 
 #: Seconds between two looks of ``--watch``.
 _PERIOD: Final = 1.0
@@ -25,8 +23,6 @@ _PERIOD: Final = 1.0
 def read_status(entry: MountEntry) -> dict[str, Any]:
     """What the daemon of a mount says of itself. Raises MountError."""
     path = os.path.join(entry.mountpoint, ".ramfs/status.json")
-    if _supervisor(entry).get("state") == "halted":
-        raise MountError(_unserved(entry))
 
     def read() -> dict[str, Any]:
         with open(path, "rb", buffering=0) as file:
@@ -35,38 +31,12 @@ def read_status(entry: MountEntry) -> dict[str, Any]:
 
     try:
         return ask(entry.mountpoint, read)
-    except MountError:
-        raise MountError(_unserved(entry)) from None
     except PermissionError:
         raise MountError(f"you may not read {path}: ask as the owner of the mount, or as root") from None
     except OSError as exc:
         raise MountError(
             f"{entry.mountpoint} does not answer ({exc.strerror}): if its daemon died, unmount it and mount again"
         ) from exc
-
-
-def _supervisor(entry: MountEntry) -> dict[str, Any]:
-    """What the supervisor of a mount says of itself; nothing when there is none, or not for us."""
-    try:
-        return supervisor.ask(entry.source, "status", patience=_mounts.PATIENCE)
-    except MountError:
-        return {}
-
-
-def _unserved(entry: MountEntry) -> str:
-    """What to say and to do about a mount whose daemon does not answer."""
-    where, facts = entry.mountpoint, _supervisor(entry)
-    match facts.get("state"):
-        case "halted":
-            return f"{where} is not served: {facts.get('halted', facts['why'])}"
-        case "serving":
-            return (
-                f"{where} does not answer: its daemon, process {facts['daemon']}, hangs or is stopped; "
-                "once that is killed another one goes on"
-            )
-        case "starting":
-            return f"{where} does not answer yet: its supervisor, process {facts['pid']}, is starting a daemon"
-    return f"{where} does not answer: its daemon hangs, or is stopped; end that daemon first"
 
 
 def _find(path: str) -> MountEntry:

@@ -34,7 +34,8 @@ from typing import Any, Final, NamedTuple
 SCRIPT: Final = __file__
 #: Exit status of a daemon that yielded.
 YIELDED: Final = 75
-#: After the CRASHES-th death within WINDOW seconds no further daemon is started.
+#: After the CRASHES-th death within WINDOW seconds no further daemon is started. One that died before it was
+#: ready has served nobody meanwhile, so then the window does not move on, however slowly daemons start.
 CRASHES, WINDOW = 8, 10.0
 #: Deaths within WINDOW after which the next daemon still starts at once; then it waits, longer each time.
 PATIENT, FIRST_WAIT = 3, 0.1
@@ -369,16 +370,20 @@ class Supervisor:
         child.ready, child.version = True, version
         self.established, self.ledger, self.fallback = True, child.ledger, None
         child.close_words()
+        if self.listener is None:
+            try:
+                self.listen()
+            except OSError as exc:  # a full disk, say: the mount can do without
+                self.say(f"{self.settings.store} cannot have a socket for commands ({exc.strerror}): no ramfs upgrade")
         if self.ready >= 0:
-            os.write(self.ready, b"ready\n")
+            with suppress(OSError):  # who asked may be gone
+                os.write(self.ready, b"ready\n")
             os.close(self.ready)
             self.ready = -1
             null = os.open(os.devnull, os.O_RDWR)
             os.dup2(null, 1)
             os.dup2(null, 2)
             os.close(null)
-        if self.listener is None:
-            self.listen()
         notify("READY=1\nSTATUS=Serving " + self.settings.mountpoint)
         self.standby_at = time.monotonic() + (STANDBY_SOON if self.starts > 1 else STANDBY_AFTER)
         self.renew()  # which answers
@@ -437,16 +442,19 @@ class Supervisor:
         if self.fallback is not None and not child.ready:
             self.command, self.fallback, self.renewal = self.fallback, None, None
             self.refuse(f"the new daemon {how(code)} ({child.last_words()}): one as before takes over again")
-        self.failed(how(code))
+        self.failed(how(code), served=child.ready)
 
-    def failed(self, cause: str) -> None:
+    def failed(self, cause: str, *, served: bool = False) -> None:
         """A daemon died or did not start: start another, unless that keeps happening."""
         now = time.monotonic()
-        self.crashes = [when for when in self.crashes if now - when < WINDOW] + [now]
+        if served:
+            self.crashes = [when for when in self.crashes if now - when < WINDOW]
+        self.crashes.append(now)
         if len(self.crashes) >= CRASHES:
             where = self.settings.mountpoint
             text = (
-                f"{len(self.crashes)} daemons died within {WINDOW:.0f} s, the last {cause}: started no other. "
+                f"{len(self.crashes)} daemons died within {now - self.crashes[0]:.0f} s, the last {cause}: "
+                "started no other. "
                 f"Guests of {where} wait, the store is intact. Go on with `ramfs upgrade {where}`, "
                 f"or give them up with `ramfs umount --abort {where}`"
             )
@@ -527,20 +535,21 @@ class Supervisor:
         """Take commands."""
         path = os.path.join(self.settings.store, SOCKET)
         directory = os.open(self.settings.store, os.O_PATH | os.O_DIRECTORY)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        mask = os.umask(0o177)
         try:
             with suppress(FileNotFoundError):
                 os.unlink(path)
-            self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            mask = os.umask(0o177)
-            try:
-                # By way of /proc: a socket's address has 108 bytes.
-                self.listener.bind(f"/proc/self/fd/{directory}/{SOCKET}")
-            finally:
-                os.umask(mask)
+            # By way of /proc: a socket's address has 108 bytes.
+            listener.bind(f"/proc/self/fd/{directory}/{SOCKET}")
+            listener.listen(8)
+        except OSError:
+            listener.close()
+            raise
         finally:
+            os.umask(mask)
             os.close(directory)
-        listener = self.listener
-        listener.listen(8)
+        self.listener = listener
         self.watch(listener.fileno(), lambda _: self.accept(listener))
 
     def accept(self, listener: socket.socket) -> None:

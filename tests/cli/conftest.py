@@ -95,9 +95,17 @@ class Place:
     def status(self) -> dict[str, Any]:
         return dict(json.loads((self.path / ".ramfs/status.json").read_text()))
 
+    def kill_daemon(self) -> int:
+        """SIGKILL the daemon alone; returns its process id."""
+        pid = int(self.status()["pid"])
+        os.kill(pid, signal.SIGKILL)
+        return pid
+
     def kill(self) -> None:
-        """SIGKILL the daemon, and wait until the kernel has noticed."""
-        os.kill(self.status()["pid"], signal.SIGKILL)
+        """SIGKILL the supervisor and the daemon, and wait until the kernel has noticed."""
+        status = self.status()
+        for pid in (status["supervisor"]["pid"], status["pid"]):
+            os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
             try:

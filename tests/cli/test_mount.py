@@ -8,6 +8,7 @@ import json
 import mmap
 import os
 import re
+import select
 import signal
 import socket
 import sqlite3
@@ -19,10 +20,14 @@ from pathlib import Path
 
 import pytest
 from cli.conftest import Place, call, needs_root, run
-from harness import Mount, is_mounted
+from harness import Mount, children, is_mounted
 
+from ramfs import __version__
 from ramfs.cli._mounts import mounted_at
 from ramfs.cli.mount import PASSED
+from ramfs.supervisor import process
+from ramfs.supervisor.client import ask
+from ramfs.supervisor.unmounting import unmount_command
 
 
 def test_in_the_background_it_returns_when_usable(place: Place) -> None:
@@ -34,17 +39,27 @@ def test_in_the_background_it_returns_when_usable(place: Place) -> None:
     assert list(place.path.iterdir()) == []
 
 
-def test_the_daemon_holds_nothing_of_its_starter(place: Place) -> None:
-    """A shell that reads the command's output sees its end, though the daemon lives."""
+def test_nothing_is_held_of_the_starter(place: Place) -> None:
+    """A shell that reads the command's output sees its end, though supervisor and daemon live."""
     done = call(
         "sh", "-c", 'x=$("$0" -P -m ramfs mount "$1" "$2" 2>&1); echo "[$x]"', sys.executable, place.store, place.path
     )
     assert done.ok() == "[]\n"
-    pid = place.status()["pid"]
-    assert os.readlink(f"/proc/{pid}/cwd") == "/"
-    assert os.getsid(pid) != os.getsid(0)
-    assert {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in (0, 1, 2)} == {"/dev/null"}
+    supervisor = place.status()["supervisor"]["pid"]
+    wait_for(lambda: len(children(supervisor)) == 2)  # one stands by
+    for pid in (supervisor, *children(supervisor)):
+        wait_for(lambda pid=pid: os.readlink(f"/proc/{pid}/cwd") == "/")
+        assert os.getsid(pid) != os.getsid(0)
+        assert {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in (0, 1, 2)} == {"/dev/null"}
     place.umount()
+
+
+def test_commands_are_taken_as_soon_as_it_is_usable(place: Place) -> None:
+    for _ in range(3):
+        place.mount()
+        assert ask(str(place.store), "status")["state"] == "serving"
+        place.umount()
+        assert not (place.store / "supervisor").exists()
 
 
 def test_umount_waits_until_the_store_is_closed(place: Place) -> None:
@@ -233,6 +248,132 @@ def test_a_mount_whose_daemon_died(mounted_place: Place, again: int) -> None:
     assert mounted_at(str(place.path)) is None
 
 
+def test_a_daemon_that_dies_alone_is_replaced(mounted_place: Place) -> None:
+    place = mounted_place
+    (place.path / "before").write_bytes(b"before")
+    with open(place.path / "open", "w+b", buffering=0) as file:
+        file.write(b"acknowledged")
+        died = place.kill_daemon()
+        assert (place.path / "before").read_bytes() == b"before"
+        status = place.status()
+        assert status["pid"] != died
+        assert (status["supervisor"]["starts"], status["supervisor"]["crashes"]) == (2, 1)
+        assert f"process {died}" in status["supervisor"]["why"]
+        assert "signal 9" in status["supervisor"]["why"]
+        assert os.pread(file.fileno(), 100, 0) == b"acknowledged"
+    # Nobody else gets the store, and what looks at the mount sees nothing special.
+    run("mount", place.store, make_place_beside(place)).failed(5, place.store, place.path, status["pid"])
+    assert json.loads(run("status", "--json", place.path).ok())["pid"] == status["pid"]
+    place.umount()
+    with contextlib.closing(sqlite3.connect(f"file:{place.store}/catalog.sqlite?mode=ro", uri=True)) as catalog:
+        assert catalog.execute("SELECT value FROM meta WHERE key = 'clean'").fetchone() == (1,)
+
+
+def test_the_store_is_locked_while_no_daemon_serves(mounted_place: Place) -> None:
+    place, other = mounted_place, make_place_beside(mounted_place)
+    for _ in range(2):
+        place.kill_daemon()
+        run("mount", place.store, other).failed(5, place.store, place.path)
+        assert place.status()["mountpoint"] == str(place.path)
+    place.umount()
+
+
+@pytest.mark.parametrize("end", ["signal", "umount"])
+def test_a_supervisor_that_is_killed(shm: Path, end: str) -> None:
+    """The daemon says so, goes on, and ends in order when it is told."""
+    mount = Mount(shm / "store", shm / "mnt").start()
+    assert mount.process is not None
+    fd = os.open(mount.path / "ram", os.O_RDWR | os.O_CREAT)
+    os.ftruncate(fd, 1 << 20)
+    with mmap.mmap(fd, 1 << 20) as memory:
+        memory[5000:5005] = b"dirty"
+        daemon = mount.pid
+        mount.process.kill()
+        wait_for(lambda: "the supervisor is gone: the next time a daemon of" in mount.log)
+        memory[9000:9005] = b"still"
+        run("upgrade", mount.path).failed(8, mount.store, "no supervisor")
+        ended = os.pidfd_open(daemon)
+        if end == "signal":
+            os.kill(daemon, signal.SIGTERM)
+            assert select.select([ended], [], [], 20)[0]
+    if end == "umount":
+        os.close(fd)
+        run("umount", mount.path).ok()
+        assert select.select([ended], [], [], 20)[0]
+    else:
+        with pytest.raises(OSError, match="not connected"):
+            os.close(fd)
+        assert "SIGTERM: flushing and unmounting" in mount.log
+    os.close(ended)
+    assert not is_mounted(mount.path)
+    mount.process.wait()
+    assert f"unmounted {mount.path}\n" in mount.log
+    mount.expect("the supervisor is gone")
+    with mount.start():
+        assert (mount.path / "ram").read_bytes()[5000:9005:4000] == b"ds"
+
+
+def test_a_mount_without_a_daemon_says_what_to_do(mounted_place: Place) -> None:
+    """Daemons that cannot start are given up some time; the mount stays, and can be had again."""
+    place = mounted_place
+    (place.path / "kept").write_bytes(b"kept")
+    tables = place.store / "tables"
+    tables.rename(place.base / "away")
+    tables.touch()  # no directory: the next daemons cannot go on
+    place.kill_daemon()
+    try:
+        wait_for(lambda: ask(str(place.store), "status")["state"] == "halted", 60)
+        assert "started no other" in (place.store / "daemon.log").read_text()
+        for command in (["status"], ["mount", place.store]):
+            run(*command, place.path).failed(8, "ramfs upgrade", "umount --abort", place.path)
+        assert is_mounted(place.path)
+        tables.unlink()
+        (place.base / "away").rename(tables)
+        assert str(place.path) in run("upgrade", place.path).ok()
+    except BaseException:
+        run("umount", "--abort", place.path)  # for nothing else would end
+        raise
+    assert (place.path / "kept").read_bytes() == b"kept"
+    place.umount()
+    place.mount()
+    assert (place.path / "kept").read_bytes() == b"kept"
+    place.umount()
+
+
+def test_upgrade_replaces_the_daemon(mounted_place: Place) -> None:
+    place = mounted_place
+    with open(place.path / "open", "w+b", buffering=0) as file:
+        file.write(b"acknowledged")
+        before = place.status()["pid"]
+        said = json.loads(run("upgrade", "--json", place.path).ok())
+        assert said == {"mountpoint": str(place.path), "pid": place.status()["pid"], "version": __version__}
+        assert said["pid"] != before
+        text = run("upgrade", place.path).ok()
+        assert text == f"{place.path} is served by ramfs {__version__} now, process {place.status()['pid']}\n"
+        assert os.pread(file.fileno(), 100, 0) == b"acknowledged"
+    assert place.status()["supervisor"]["crashes"] == 0
+    place.umount()
+
+
+def test_abort_frees_who_waits(mounted_place: Place) -> None:
+    place = mounted_place
+    (place.path / "kept").write_bytes(b"kept")
+    command = ["sh", "-c", 'read go; exec touch "$0/new"', place.path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as waiting:
+        os.kill(place.status()["pid"], signal.SIGSTOP)
+        assert waiting.stdin is not None
+        waiting.stdin.write(b"go\n")
+        waiting.stdin.close()
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(0.3)
+        run("umount", "--abort", place.path).ok()
+        assert waiting.wait(10) != 0
+    assert mounted_at(str(place.path)) is None
+    place.mount()
+    assert (place.path / "kept").read_bytes() == b"kept"
+    place.umount()
+
+
 def test_umount_of_what_is_not_mounted(place: Place) -> None:
     run("umount", place.path).failed(8, place.path, "not mounted")
     run("umount", place.base / "missing").failed(8, "missing", "not mounted")
@@ -320,29 +461,43 @@ def test_signals_keep_what_is_in_mapped_pages(shm: Path, number: signal.Signals)
         mount.terminate(number)
     with pytest.raises(OSError, match="not connected"):
         os.close(fd)
-    assert re.search(rf"{number.name}: flushing and unmounting", mount.log)
+    assert "told to stop: flushing and unmounting" in mount.log
     with mount.start():
         assert (mount.path / "ram").read_bytes()[5000:5005] == b"dirty"
 
 
 def test_sighup_is_no_end(shm: Path) -> None:
     with Mount(shm / "store", shm / "mnt") as mount:
-        os.kill(mount.pid, signal.SIGHUP)
+        assert mount.process is not None
+        daemon = mount.pid
+        os.kill(daemon, signal.SIGHUP)
+        mount.process.send_signal(signal.SIGHUP)
         (mount.path / "x").touch()
+        time.sleep(0.1)
+        assert mount.running
+        assert mount.pid == daemon
 
 
 @pytest.mark.parametrize("abstract", [False, True])
 def test_systemd_is_told(place: Place, abstract: bool) -> None:
+    """First it gets what must outlive the supervisor, then it hears that the mount is ready."""
     address = f"@ramfs-test-{os.getpid()}" if abstract else str(place.base / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as service:
         service.settimeout(20)
         service.bind("\0" + address[1:] if abstract else address)
         mount = Mount(place.store, place.path, env={"NOTIFY_SOCKET": address}).start()
-        told = service.recv(4096).decode().splitlines()
-        assert told == ["READY=1", f"STATUS=Serving {place.path}"]
+        for name in ("lock", "ledger", "fuse"):
+            data, fds, _, _ = socket.recv_fds(service, 4096, 8)
+            (fd,) = fds
+            os.close(fd)
+            assert data.decode().splitlines() == ["FDSTORE=1", f"FDNAME={name}", "FDPOLL=0"]
+        told, fds, _, _ = socket.recv_fds(service, 4096, 8)
+        assert (told.decode().splitlines(), fds) == (["READY=1", f"STATUS=Serving {place.path}"], [])
         assert os.stat(place.path).st_ino == 1
         mount.terminate()
         assert service.recv(4096) == b"STOPPING=1"
+        removed = [service.recv(4096).decode().splitlines() for _ in range(3)]
+        assert sorted(removed) == [["FDSTOREREMOVE=1", f"FDNAME={name}"] for name in ("fuse", "ledger", "lock")]
 
 
 def test_a_notify_socket_that_is_gone_is_no_harm(place: Place) -> None:
@@ -358,8 +513,8 @@ def test_in_the_foreground_it_logs_to_standard_error(place: Place) -> None:
     assert not (place.store / "daemon.log").exists()
 
 
-def wait_for(ready: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
+def wait_for(ready: Callable[[], object], patience: float = 10) -> None:
+    deadline = time.monotonic() + patience
     while not ready():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -388,21 +543,30 @@ def stat_size(fd: int) -> int:
     return os.fstat(fd).st_size
 
 
-# A daemon in the background, but for the background: its log goes where such a daemon's goes.
-_BACKGROUND = """
-import os, sys
+# A daemon that looks for syslog elsewhere.
+_DAEMON = """
+import sys
 import ramfs.cli, ramfs.cli.mount as mount
 mount.SYSLOG = sys.argv[1]
-reader, writer = os.pipe()
-sys.exit(ramfs.cli.main(["mount", "-f", "--ready-fd", str(writer), *sys.argv[2:]]))
+sys.exit(ramfs.cli.main(sys.argv[2:]))
 """
 
 
 def _serve_until_unmounted(place: Place, syslog: Path) -> None:
-    daemon = subprocess.Popen([sys.executable, "-P", "-c", _BACKGROUND, syslog, place.store, place.path])
+    """Like a mount in the background, but for the place of syslog."""
+    daemon = [sys.executable, "-P", "-c", _DAEMON, syslog, "mount", "--link", process.LINK, "--quiet", "--"]
+    settings = process.Settings(
+        command=[*map(str, daemon), str(place.store), str(place.path)],
+        store=str(place.store),
+        mountpoint=str(place.path),
+        unmount=unmount_command(str(place.path), lazy=True),
+        ready=-1,
+        log=str(place.store / "daemon.log"),
+    )
+    supervisor = subprocess.Popen([sys.executable, "-I", "-S", process.SCRIPT, json.dumps(settings._asdict())])
     wait_for(lambda: is_mounted(place.path))
     place.umount()
-    assert daemon.wait(10) == 0
+    assert supervisor.wait(10) == 0
 
 
 def test_in_the_background_it_logs_to_syslog(place: Place) -> None:
