@@ -9,9 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import select
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -89,6 +92,31 @@ def traced(mount: Mount, log: Path, *options: str) -> Iterator[None]:
         tracer.wait()
 
 
+@contextlib.contextmanager
+def dying_with_its_daemon(mount: Mount) -> Iterator[None]:
+    """In the block the supervisor starts no other daemon: it is killed as soon as the one there is dies."""
+    assert mount.process is not None
+    mount.expect("the supervisor is gone")
+    supervisor, done = mount.process, os.eventfd(0)
+    exited = os.pidfd_open(mount.pid)
+
+    def watch() -> None:
+        if exited in select.select([exited, done], [], [])[0]:
+            supervisor.kill()
+
+    watcher = threading.Thread(target=watch)
+    supervisor.send_signal(signal.SIGSTOP)
+    watcher.start()
+    try:
+        yield
+    finally:
+        os.eventfd_write(done, 1)
+        watcher.join()
+        supervisor.send_signal(signal.SIGCONT)
+        for fd in (exited, done):
+            os.close(fd)
+
+
 def calls_of(log: Path) -> list[tuple[str, int]]:
     """The calls of a log in their order: (name, how many-th of its name in its thread)."""
     counts: Counter[tuple[str, str]] = Counter()
@@ -131,7 +159,7 @@ def test_killed_at_a_step(act: Callable[[Mount], None], tmp_path: Path, shm: Pat
     mount = Mount(template, tmp_path / "mnt").start()
     prepare(mount)
     mount.kill()  # so that each copy of the store is one whose daemon was killed before, too
-    shutil.copytree(template, shm / "dry", copy_function=copy_sparse)
+    copy_store(template, shm / "dry")
     with Mount(shm / "dry", tmp_path / "dry") as dry:
         with traced(dry, tmp_path / "calls", "-e", f"trace={CALLS}"):
             act(dry)
@@ -143,11 +171,12 @@ def test_killed_at_a_step(act: Callable[[Mount], None], tmp_path: Path, shm: Pat
     killed = 0
     for call, number in sample:
         store = shm / "store"
-        shutil.copytree(template, store, copy_function=copy_sparse)
+        copy_store(template, store)
         mount = Mount(store, tmp_path / "mnt").start()
         injection = f"inject={call}:signal=KILL:when={number}"
         try:
-            with traced(mount, tmp_path / "log", "-e", f"trace={call}", "-e", injection):
+            options = ("-e", f"trace={call}", "-e", injection)
+            with traced(mount, tmp_path / "log", *options), dying_with_its_daemon(mount):
                 try:
                     act(mount)
                 except (OSError, subprocess.CalledProcessError):
@@ -169,6 +198,11 @@ def test_killed_at_a_step(act: Callable[[Mount], None], tmp_path: Path, shm: Pat
             mount.abandon()
         shutil.rmtree(store)
     assert killed >= len(sample) // 2, "strace has hardly killed anything"
+
+
+def copy_store(source: Path, target: Path) -> None:
+    """Copy a store that is not mounted."""
+    shutil.copytree(source, target, copy_function=copy_sparse, ignore=shutil.ignore_patterns("supervisor"))
 
 
 def copy_sparse(source: str, target: str) -> str:
