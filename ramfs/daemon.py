@@ -72,7 +72,6 @@ class Daemon:
         self.link = link
         self.go = go
         self.supervised = True
-        self.served = False
         self.stopping = False
         self._early: list[int] = []
         self._serving = trio.CancelScope()
@@ -123,15 +122,8 @@ class Daemon:
                     self.link.keep(name, fd)
             try:
                 trio.run(self._main)
-            except Exception:
-                if not (self.served and self.supervised):
-                    self._unmount(session)
-                    raise
-                log.critical("unexpected error, ending for another daemon to take over", exc_info=True)
-                os._exit(1)
-            else:
-                self._unmount(session)
             finally:
+                self._unmount(session)
                 self.flusher.close()
         except BaseException:
             store.abandon()
@@ -176,7 +168,6 @@ class Daemon:
             nursery.start_soon(self._drop_behind)
         if not self.go.kept:
             log.info("mounted %s at %s", self.request.store, self.request.mountpoint)
-        self.served = True
         self.link.ready(ramfs.__version__)
         self.ready()
 

@@ -9,7 +9,6 @@ the old entry or the new one, never an entry without its page.
 
 import contextlib
 import errno
-import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
@@ -32,9 +31,6 @@ from ramfs.units import MAX_FILE_SIZE, PAGE, PAGE_SHIFT, ZERO, LayerId, pages
 COPY_AT_ONCE: Final = 8 << 20
 #: Pages that become a hole in one go: 64 MiB, for which a tmpfs needs 15 ms.
 _ZERO_AT_ONCE: Final = 1 << 14
-
-#: Images that are synced at a time after a takeover: each is a table to read.
-_SETTLED_AT_ONCE: Final = 16
 
 #: Table entries of the pages that a range touches, the range's first and last byte, and where layers are mapped.
 Plan = tuple[Entries, int, int, Places]
@@ -462,12 +458,8 @@ class Pager:
         """
         in_thread = trio.to_thread.run_sync
         while self.images.doubtful:
-            batch = [self.images.acquire(number) for number in itertools.islice(self.images.doubtful, _SETTLED_AT_ONCE)]
-            try:
-                await self.sync(batch)
-            finally:
-                for image in batch:
-                    self.images.release(image)
+            with self.images.some_doubtful() as images:
+                await self.sync(images)
         files = await in_thread(self.store.list_files)
         await in_thread(self.store.catalog.sync)
         async with self._sync_lock:  # a ".new" file may be in the making

@@ -134,6 +134,10 @@ class Mount:
     def kill_daemon(self) -> int:
         """SIGKILL the serving daemon alone; returns its process id. The supervisor lets another take over."""
         self.expect(r"the daemon before this one \(process \d+\) was ended by signal 9; going on")
+        deadline = time.monotonic() + 20
+        while not (self.store / "supervisor").exists():  # a mount that was never ready is not gone on with
+            assert time.monotonic() < deadline, f"{self} does not get ready"
+            time.sleep(0.005)
         pid = self.pid
         os.kill(pid, signal.SIGKILL)
         return pid

@@ -44,6 +44,17 @@ class Kit:
         """What a SIGKILL leaves: nothing more is written."""
         self.store.abandon()
 
+    def take_over(self) -> None:
+        """What a daemon does whose predecessor was killed a moment ago; :meth:`settle` comes later."""
+        lock = os.dup(self.store.lock.fd)
+        self.store.abandon()
+        self.store = Store(str(self.directory), lock=lock)
+        self.pager = Pager(self.store)
+        self.space = Namespace(self.pager)
+
+    def settle(self) -> None:
+        trio.run(self.pager.settle)
+
     def power_loss(self) -> None:
         """Leave the store as after a power loss that spared the page cache: the tables that count are others."""
         self.store.catalog.set_meta("boot_id", "another")

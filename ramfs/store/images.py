@@ -11,11 +11,12 @@ never changes: its one ``.map`` is synced before the catalog names it.
 """
 
 import contextlib
+import itertools
 import os
 import struct
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -29,6 +30,9 @@ from ramfs.store.catalog import Catalog
 from ramfs.store.files import data_extents, read_exactly, sync_data, sync_directory, write_all
 from ramfs.store.layers import Layer, Layers
 from ramfs.units import MAX_FILE_SIZE, PAGE, PAGE_SHIFT, ZERO, ImageId, LayerId, pages
+
+#: Images that are synced at a time after a takeover.
+_AT_ONCE: Final = 16
 
 MAGIC: Final = b"RAMFSMAP"
 VERSION: Final = 1
@@ -361,6 +365,21 @@ class Images:
         if image.users == 0 and (image.id in self.doomed or not self.is_stale(image)):
             self._open.pop(image.id, None)
             image.close()
+
+    @contextlib.contextmanager
+    def some_doubtful(self) -> Iterator[list[Image]]:
+        """A few of the doubtful images, in use for as long as it takes to sync them: each is a table to read."""
+        images: list[Image] = []
+        try:
+            for number in list(itertools.islice(self.doubtful, _AT_ONCE)):
+                try:
+                    images.append(self.acquire(number))
+                except StoreDamaged:  # its table is gone, and was before
+                    self.doubtful.discard(number)
+            yield images
+        finally:
+            for image in images:
+                self.release(image)
 
     def is_stale(self, image: Image) -> bool:
         """Is something of the image newer than its last sync? (Then it stays open, and is synced later.)"""

@@ -25,6 +25,7 @@ from ramfs.store.files import copy_range, data_extents, read_exactly, stored_pag
 from ramfs.store.images import (
     HEADER,
     Header,
+    Image,
     Images,
     SyncJob,
     load_table,
@@ -289,14 +290,10 @@ class Store:
         """Make everything durable and close. Raises OSError if the disk refuses; then the store is not clean."""
         self.reserve.make_room()
         try:
-            job = self.images.sync_job(self.images.open_images())
-            try:
-                job.run()
-            except BaseException:
-                job.failed()
-                raise
-            finally:
-                job.close()
+            while self.images.doubtful:
+                with self.images.some_doubtful() as images:
+                    self._sync(images)
+            self._sync(self.images.open_images())
             self._sync_files()  # from now on .map counts, which no sync before has written
             with self.catalog.transaction():
                 self.catalog.set_meta("clean", 1)
@@ -305,6 +302,16 @@ class Store:
             self.catalog.sync()
         finally:
             self.abandon()
+
+    def _sync(self, images: list[Image]) -> None:
+        job = self.images.sync_job(images)
+        try:
+            job.run()
+        except BaseException:
+            job.failed()
+            raise
+        finally:
+            job.close()
 
     def abandon(self) -> None:
         """Close all files as they are, without a sync."""

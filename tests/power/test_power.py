@@ -35,7 +35,9 @@ from ramfs.units import PAGE, ROOT, SNAP_BIT, InodeNumber
 
 #: What the workload does, and how often.
 WEIGHTS = {"write": 10, "zero": 3, "punch": 3, "partial": 4, "truncate": 2, "sync": 5, "snapshot": 3, "forget": 1}
-WEIGHTS |= {"clone": 3, "unlink": 2, "house": 3}
+WEIGHTS |= {"clone": 3, "unlink": 2, "house": 3, "takeover": 2}
+#: Daemons that may die in a few seconds, for another to come at once.
+MOST_TAKEOVERS = 3
 CUTS = int(os.environ.get("RAMFS_POWER_CUTS", "120"))
 
 
@@ -177,6 +179,8 @@ class Workload:
                 self.delete_snapshot(snapshots.pop(0))
             elif kind == "house":
                 self.keep_house()
+            elif kind == "takeover":
+                self.take_over()
 
     def told_snapshot(self, name: str) -> dict[str, Frozen]:
         files = {"ram": Frozen(self.oracle.files["vm/ram"].versions[-1])}
@@ -201,6 +205,7 @@ class Workload:
     def clone(self, source: str, target: str) -> None: ...
     def unlink(self, name: str, durable: bool) -> None: ...
     def keep_house(self) -> None: ...
+    def take_over(self) -> None: ...
 
 
 class ThroughMount(Workload):
@@ -208,7 +213,15 @@ class ThroughMount(Workload):
 
     def __init__(self, oracle: Oracle, seed: int, mount: Mount) -> None:
         super().__init__(oracle, seed)
+        self.mount = mount
         self.path = mount.path
+        self.takeovers = MOST_TAKEOVERS
+
+    def take_over(self) -> None:
+        """kill -9 of the daemon, as often as its supervisor bears with it. The next one settles a second later."""
+        if self.takeovers:
+            self.takeovers -= 1
+            self.mount.kill_daemon()
 
     def mkdir(self, name: str) -> None:
         (self.path / name).mkdir()
@@ -313,7 +326,13 @@ class Inside(Workload):
             self.kit.store.catalog.sync()
             self.oracle.files[name].unlinked = self.oracle.position()
 
+    def take_over(self) -> None:
+        self.kit.take_over()
+
     def keep_house(self) -> None:
+        if self.kit.store.images.doubtful:  # after a takeover nothing is garbage before all is settled
+            self.kit.settle()
+            return
         if self.rng.random() < 0.5:
             self.kit.digest()
         there = self.kit.space.names(InodeNumber(self.kit.space.lookup(ROOT, b"vm").ino | SNAP_BIT))
