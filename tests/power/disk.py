@@ -26,11 +26,18 @@ def call(*command: str | Path) -> None:
     assert done.returncode == 0, f"{command}: {done.stderr or done.stdout}"
 
 
+class NotMountable(Exception):
+    """The file system on an image is more than its own recovery can mend."""
+
+
 @contextlib.contextmanager
 def mounted_image(image: Path, point: Path) -> Iterator[Path]:
-    """Mount a disk image; its loop device goes with the mount."""
+    """Mount a disk image; its loop device goes with the mount. Raises NotMountable."""
     point.mkdir(exist_ok=True)
-    call("mount", "-o", "loop,noatime,nodiscard", image, point)
+    try:
+        call("mount", "-o", "loop,noatime,nodiscard", image, point)
+    except AssertionError as error:
+        raise NotMountable(str(error)) from None
     try:
         yield point
     finally:
