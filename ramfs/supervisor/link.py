@@ -49,7 +49,10 @@ class Link:
         ``ledger`` is the format in which this version keeps and reads the ledger.
         """
         self._tell({"warm": version, "ledger": ledger})
-        data, fds, _, _ = socket.recv_fds(self._socket, MAX_MESSAGE, _MOST_FDS)
+        try:
+            data, fds, _, _ = socket.recv_fds(self._socket, MAX_MESSAGE, _MOST_FDS)
+        except OSError:  # it died before it had read what was told to it
+            return None
         if not data:
             return None
         for fd in fds:
@@ -82,7 +85,10 @@ class Link:
         """What the supervisor wants, ``"yield"`` or ``"stop"``, as long as there is one."""
         while True:
             await trio.lowlevel.wait_readable(self._socket)
-            data = self._socket.recv(MAX_MESSAGE)
+            try:
+                data = self._socket.recv(MAX_MESSAGE)
+            except OSError:  # it died before it had read what was told to it
+                return
             if not data:
                 return
             (order,) = json.loads(data)

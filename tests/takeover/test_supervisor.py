@@ -8,14 +8,17 @@ import mmap
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 from harness import Mount, children, is_mounted
 from mount.posix import Process, eventually, opened, pattern, read, status
 from takeover.conftest import Request, Victim, freed, fsck
@@ -23,6 +26,7 @@ from takeover.conftest import Request, Victim, freed, fsck
 from ramfs.errors import MountError
 from ramfs.supervisor import process
 from ramfs.supervisor.client import ask
+from ramfs.supervisor.link import Link
 
 MB = 1 << 20
 DATA = pattern(MB)
@@ -428,3 +432,22 @@ def test_a_daemon_that_dies_before_the_mount_is_ready(tmp_path: Path, assassin: 
     victim.assassin.disarm()
     with victim.mount as mount:
         (mount.path / "f").write_bytes(DATA)
+
+
+def test_a_supervisor_that_dies_with_words_unread() -> None:
+    """The kernel tells that by an error, which ends no daemon."""
+
+    async def wait_for_orders(link: Link) -> list[str]:
+        return [order async for order in link.orders()]
+
+    for said in ("stand_by", "ready"):
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        link = Link(theirs.detach())
+        if said == "ready":
+            link.ready("1")
+        else:
+            threading.Timer(0.1, ours.close).start()
+            assert link.stand_by("1", 1) is None
+        ours.close()
+        assert trio.run(wait_for_orders, link) == []
+        link._socket.close()
