@@ -131,6 +131,14 @@ class Mount:
         self._collect_log()
         unmount(self.path, lazy=True)
 
+    def wait_until_supervised(self) -> None:
+        """Wait until the daemon has said that it serves, a little after the mount is there: others go on from now."""
+        deadline = time.monotonic() + 30
+        while not (self.store / "supervisor").is_socket():
+            self._serving()
+            assert time.monotonic() < deadline, f"{self}: the supervisor takes no commands"
+            time.sleep(0.005)
+
     def kill_daemon(self) -> int:
         """SIGKILL the serving daemon alone; returns its process id. The supervisor lets another take over."""
         self.expect(r"the daemon before this one \(process \d+\) was ended by signal 9; going on")
@@ -174,7 +182,8 @@ class Mount:
     def abandon(self) -> None:
         """Take everything down without any judgement, whatever state it is in."""
         if is_mounted(self.path):
-            unmount(self.path, lazy=True)
+            with contextlib.suppress(MountFailed):  # the daemon may just be doing so itself
+                unmount(self.path, lazy=True)
         if self.process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(5)

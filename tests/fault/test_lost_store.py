@@ -27,6 +27,7 @@ def mount_command(store: Path, mountpoint: Path, *more: str) -> subprocess.Compl
 
 def test_the_store_directory_is_removed(make_mount: Callable[..., Mount]) -> None:
     mount = make_mount()
+    mount.wait_until_supervised()
     mount.expect("ERROR|Traceback|No such file")
     (mount.path / "f").write_bytes(pattern(MB))
     (mount.path / "d").mkdir()
