@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from fault.conftest import fsck, needs_root
 from harness import Mount, MountFailed
-from mount.posix import PAGE, errno_of, eventually, fails, opened, pattern, read
+from mount.posix import PAGE, errno_of, eventually, fails, opened, pattern, read, status
 
 pytestmark = needs_root
 MB = 1 << 20
@@ -134,3 +134,31 @@ def test_a_store_too_small_to_begin(small: Path, make_mount: Callable[..., Mount
     (small / "ballast").unlink()
     mount = make_mount("again", store=small / "store")
     (mount.path / "f").write_bytes(b"works")
+
+
+def test_another_daemon_takes_over_a_full_store(small: Path, make_mount: Callable[..., Mount]) -> None:
+    """It needs no room for that; not even when all that the store had kept for such moments is used."""
+    mount = mount_small(make_mount, small)
+    (mount.path / "dir").mkdir()
+    for number in range(20):
+        (mount.path / "dir" / f"f{number}").write_bytes(pattern(PAGE, number + 1))
+    done = fill(mount.path / "big")
+    for turn in range(2):  # the first takeover gives the reserve up
+        with opened(small / "other", os.O_WRONLY | os.O_CREAT | os.O_APPEND) as fd:  # others use that file system too
+            for size in (64 * 1024, PAGE):
+                while errno_of(lambda size=size, fd=fd: os.write(fd, bytes(size))) == 0:
+                    pass
+        assert (mount.store / "reserve").exists() == (turn == 0)
+        pid = mount.kill_daemon()
+        eventually(lambda pid=pid: status(mount.path)["pid"] != pid, "another daemon serves")
+        assert read(mount.path / "big", 0, len(done)) == done
+        assert len(os.listdir(mount.path / "dir")) == 20
+    (small / "other").unlink()
+    (mount.path / "big").unlink()
+    eventually(lambda: os.statvfs(mount.path).f_bavail * PAGE > 8 * MB, "the space is free again", timeout=60)
+    (mount.path / "after").write_bytes(pattern(MB, 4))
+    mount.restart()
+    assert read(mount.path / "after") == pattern(MB, 4)
+    assert all(read(mount.path / "dir" / f"f{number}") == pattern(PAGE, number + 1) for number in range(20))
+    mount.umount()
+    fsck(mount.store)

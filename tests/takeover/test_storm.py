@@ -58,6 +58,7 @@ def test_killed_and_upgraded_under_load(mounts: list[Mount], steady: Path) -> No
         guest.wait_for_line("guest is up", 60)
         guest.wait_for_line("= filled", 60)
         storm = takeover.Storm([(m.path, m.store) for m in mounts], steady, [sys.executable, "-m", "ramfs"])
+        stack.callback(storm.abandon)
         storm.add_guest(guest, directory)
         storm.kill(KILLS, GAP)
         storm.upgrade(UPGRADES)

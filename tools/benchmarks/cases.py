@@ -10,7 +10,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import peers
+from tests.vm.guest import Guest
+
+from . import peers, takeover
 from .bench import GIB, KIB, MIB, PAGE, Bench, Unavailable, bdi, pin, run, unmount
 from .peers import Peer, Prepare, Served
 from .stats import Goal, Measure
@@ -424,4 +426,40 @@ def resume(bench: Bench) -> list[Measure]:
                 total.add(name, seen["seconds"] * 1e3)
                 p99.add(name, seen["p99_us"])
             found += [total, p99]
+    return found
+
+
+@case("takeover", "kill -9 of the daemon 100 times, ramfs upgrade 20 times, under loads that check every byte")
+def taken_over(bench: Bench) -> list[Measure]:
+    kills, upgrades = (100, 20) if bench.size >= GIB else (30, 6)
+    with ExitStack() as stack:
+        mounts = [stack.enter_context(peers.ramfs_mount(bench)) for _ in range(3)]
+        directory = mounts[2].root / "guest"
+        directory.mkdir()
+        guest = stack.enter_context(Guest(directory / "ram", boot="fill=1:4"))
+        guest.wait_for_line("= filled", 120)
+        places = [(at.root, at.store) for at in mounts]
+        storm = takeover.Storm(places, bench.scratch / "probes" / "steady", bench.ramfs)
+        stack.callback(storm.abandon)
+        storm.add_guest(guest, directory)
+        storm.kill(kills)
+        storm.upgrade(upgrades)
+        storm.end()
+        guest.check()
+        guest.close()
+        storm.check()
+        for at in mounts:
+            run([*bench.ramfs, "umount", at.root])
+            run([*bench.ramfs, "fsck", at.store])
+            run([*bench.ramfs, "mount", at.store, at.root])
+        storm.check()
+    found = []
+    for how, title in (("kill", "after kill -9"), ("upgrade", "during an upgrade")):
+        stalls = storm.stalls(how)
+        bench.say(f"  {how}: {takeover.distribution(stalls)}")
+        goals = [Goal(500.0, subject="p99")] if how == "kill" else []
+        measure = Measure(f"longest wait of one access {title}", "ms", goals=goals)
+        for name, part in takeover.PARTS.items():
+            measure.add(name, takeover.percentile(stalls, part) * 1e3)
+        found.append(measure)
     return found

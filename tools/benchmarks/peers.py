@@ -7,12 +7,13 @@ mount for ramfs.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -99,11 +100,12 @@ def ramfs_mount(bench: Bench, below: Path | None = None, options: Sequence[str] 
     root.mkdir()
     if not Path(bench.ramfs[0]).exists():
         raise Unavailable(f"{bench.ramfs[0]} does not exist; tools/setup makes it")
-    pid = 0
+    daemon = -1  # a descriptor: another process may have the number of one that was killed
     try:
         given = [word for option in options for word in ("-o", option)]
         _detached([*bench.ramfs, "mount", *given, str(store), str(root)])
         pid = int(json.loads((root / ".ramfs" / "status.json").read_text())["pid"])
+        daemon = os.pidfd_open(pid)
         yield Mounted(root, store, pid)
     finally:
         if mounted(root):
@@ -111,7 +113,8 @@ def ramfs_mount(bench: Bench, below: Path | None = None, options: Sequence[str] 
                 [*bench.ramfs, "umount", str(root)], check=False, capture_output=True, start_new_session=True
             )
         unmount(root)
-        _gone(pid)
+        if daemon >= 0:
+            _gone(daemon)
         run(["rm", "-rf", store])
 
 
@@ -141,18 +144,11 @@ def _detached(command: Sequence[str]) -> None:
             raise RuntimeError((log.read().strip() or f"{command[0]} failed").splitlines()[-1])
 
 
-def _gone(pid: int) -> None:
+def _gone(daemon: int) -> None:
     """Wait for the daemon to end, as only then may the store be removed; stop it if it does not."""
     for number in (0, signal.SIGTERM, signal.SIGKILL):
-        if _lives(pid):
-            os.kill(pid, number)
-        until = time.monotonic() + 10
-        while _lives(pid) and time.monotonic() < until:
-            time.sleep(0.02)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return pid > 0 and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(daemon, number)
+        if select.select([daemon], [], [], 10)[0]:
+            break
+    os.close(daemon)

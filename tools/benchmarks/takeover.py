@@ -90,8 +90,12 @@ class Loop:
     def failed(self) -> bool:
         return self._error is not None
 
-    def end(self) -> None:
+    def stop(self) -> None:
+        """Begin no further round."""
         self._ended.set()
+
+    def end(self) -> None:
+        self.stop()
         self._thread.join(2 * PATIENCE)
         if self._error is not None:
             raise self._error
@@ -253,6 +257,15 @@ class Storm:
                 errors.append(error)
         if errors:
             raise errors[0]
+
+    def abandon(self) -> None:
+        """End what is still there, without a judgement."""
+        for load in (load for place in self.places for load in place.loads):
+            if isinstance(load, Loop):
+                load.stop()
+            elif load.process.poll() is None:
+                load.process.kill()
+                load.process.communicate()
 
     def check(self) -> None:
         """Have the files still all that was written? Also when the stores are mounted again."""
