@@ -14,6 +14,7 @@ import select
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -90,6 +91,19 @@ class Mounted:
     root: Path
     store: Path
     pid: int
+
+    def others(self) -> tuple[int, int]:
+        """The supervisor, and the daemon that stands by; which it does some seconds after the mount is there."""
+        supervisor = int(json.loads((self.root / ".ramfs" / "status.json").read_text())["supervisor"]["pid"])
+        until = time.monotonic() + 20
+        while time.monotonic() < until:
+            pids = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
+            standby = [int(pid) for pid in pids if int(pid) != self.pid]
+            # Nothing more to import: it waits for a message.
+            if standby and "skb_wait" in Path(f"/proc/{standby[0]}/wchan").read_text():
+                return supervisor, standby[0]
+            time.sleep(0.05)
+        raise RuntimeError("no daemon stands by")
 
 
 @contextmanager
