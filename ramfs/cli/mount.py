@@ -214,6 +214,7 @@ def _supervise(store: str, mountpoint: str, options: tuple[str, ...], *, foregro
         "unmount": unmount_command(mountpoint, lazy=True),
         "ready": -1,
         "log": "" if foreground else os.path.join(store, "daemon.log"),
+        "syslog": SYSLOG,
     }
     supervisor = [sys.executable, "-I", "-S", process.SCRIPT]
     if foreground:

@@ -68,6 +68,7 @@ class Settings(NamedTuple):
     unmount      how to unmount when no daemon is there to do so
     ready        a descriptor to tell that the mount is ready, or -1
     log          a file for what there is to say when there is no terminal, or ""
+    syslog       a socket that gets it instead when somebody listens there
     """
 
     command: list[str]
@@ -76,6 +77,7 @@ class Settings(NamedTuple):
     unmount: list[str]
     ready: int
     log: str
+    syslog: str = ""
 
 
 class Child:
@@ -686,12 +688,17 @@ class Supervisor:
 
     def say(self, text: str) -> None:
         """Log a warning."""
-        warning = f"ramfs: WARNING: {text}\n"
         if self.settings.log and self.ready < 0:
-            with suppress(OSError), open(self.settings.log, "a") as file:
-                file.write(time.strftime("%F %T ") + warning)
+            with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.connect(self.settings.syslog)
+                sock.send(f"<28>ramfs[{os.getpid()}]: {text}".encode(errors="backslashreplace"))  # daemon.warning
                 return
-        sys.stderr.write(warning)
+            with suppress(OSError), open(self.settings.log, "a", errors="backslashreplace") as file:
+                file.write(time.strftime("%F %T ") + f"WARNING: {text}\n")
+                return
+        stream = os.fstat(2)
+        journal = os.environ.get("JOURNAL_STREAM") == f"{stream.st_dev}:{stream.st_ino}"
+        sys.stderr.write(f"<4>{text}\n" if journal else f"ramfs: WARNING: {text}\n")
         sys.stderr.flush()
 
 

@@ -15,7 +15,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -340,6 +340,20 @@ def test_a_mount_without_a_daemon_says_what_to_do(mounted_place: Place) -> None:
     place.umount()
 
 
+def test_no_place_for_the_socket_of_the_supervisor(place: Place) -> None:
+    """No mount fails for it, and no daemon goes unreplaced."""
+    with Mount(place.store, place.path):
+        pass
+    (place.store / "supervisor").mkdir()
+    with Mount(place.store, place.path) as mount:
+        mount.expect("cannot have a socket for commands")
+        wait_for(lambda: "cannot have a socket for commands (Is a directory)" in mount.log)
+        run("upgrade", place.path).failed(8, place.store, "no supervisor")
+        mount.kill_daemon()
+        (place.path / "file").write_bytes(b"x")
+    (place.store / "supervisor").rmdir()
+
+
 def test_upgrade_replaces_the_daemon(mounted_place: Place) -> None:
     place = mounted_place
     with open(place.path / "open", "w+b", buffering=0) as file:
@@ -523,6 +537,7 @@ def wait_for(ready: Callable[[], object], patience: float = 10) -> None:
 @pytest.mark.parametrize("true", [True, False])
 def test_the_journal_gets_priorities(place: Place, true: bool) -> None:
     """JOURNAL_STREAM is inherited by everything in a service; it counts where standard error is that stream."""
+    (place.store / "supervisor").mkdir(parents=True)  # so that the supervisor has something to say too
     with open(place.base / "stream", "w+b") as stream:
         stat = os.fstat(stream.fileno())
         daemon = subprocess.Popen(
@@ -531,16 +546,13 @@ def test_the_journal_gets_priorities(place: Place, true: bool) -> None:
             stderr=stream,
             env={**os.environ, "JOURNAL_STREAM": f"{stat.st_dev}:{stat.st_ino if true else 1}"},
         )
-        wait_for(lambda: is_mounted(place.path))
-        wait_for(lambda: stat_size(stream.fileno()))
+        wait_for(lambda: "cannot have a socket" in (place.base / "stream").read_text())
         place.umount()
         assert daemon.wait(10) == 0
-    text = (place.base / "stream").read_text()
-    assert text.startswith("<6>mounted " if true else "ramfs: INFO: mounted ")
-
-
-def stat_size(fd: int) -> int:
-    return os.fstat(fd).st_size
+    mounted, warning, *_ = (place.base / "stream").read_text().splitlines()
+    assert mounted.startswith("<6>mounted " if true else "ramfs: INFO: mounted ")
+    assert warning.startswith(f"<4>{place.store} cannot" if true else f"ramfs: WARNING: {place.store} cannot")
+    (place.store / "supervisor").rmdir()
 
 
 # A daemon that looks for syslog elsewhere.
@@ -552,8 +564,10 @@ sys.exit(ramfs.cli.main(sys.argv[2:]))
 """
 
 
-def _serve_until_unmounted(place: Place, syslog: Path) -> None:
-    """Like a mount in the background, but for the place of syslog."""
+@contextlib.contextmanager
+def _in_the_background(place: Place, syslog: Path) -> Iterator[None]:
+    """Like a mount in the background, but for the place of syslog. The supervisor has something to say too."""
+    (place.store / "supervisor").mkdir(parents=True)
     daemon = [sys.executable, "-P", "-c", _DAEMON, syslog, "mount", "--link", process.LINK, "--quiet", "--"]
     settings = process.Settings(
         command=[*map(str, daemon), str(place.store), str(place.path)],
@@ -562,20 +576,23 @@ def _serve_until_unmounted(place: Place, syslog: Path) -> None:
         unmount=unmount_command(str(place.path), lazy=True),
         ready=-1,
         log=str(place.store / "daemon.log"),
+        syslog=str(syslog),
     )
     supervisor = subprocess.Popen([sys.executable, "-I", "-S", process.SCRIPT, json.dumps(settings._asdict())])
-    wait_for(lambda: is_mounted(place.path))
+    yield
     place.umount()
     assert supervisor.wait(10) == 0
+    (place.store / "supervisor").rmdir()
 
 
 def test_in_the_background_it_logs_to_syslog(place: Place) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as syslog:
         syslog.bind(str(place.base / "log"))
         syslog.settimeout(10)
-        _serve_until_unmounted(place, place.base / "log")
-        line = syslog.recv(4096).decode()
-    assert re.match(rf"<30>ramfs\[\d+\]: mounted {place.store} at ", line)
+        with _in_the_background(place, place.base / "log"):
+            daemon, supervisor = (syslog.recv(4096).decode() for _ in range(2))
+    assert re.match(rf"<30>ramfs\[\d+\]: mounted {place.store} at ", daemon)
+    assert re.match(rf"<28>ramfs\[\d+\]: {place.store} cannot have a socket ", supervisor)
     assert not (place.store / "daemon.log").exists()
 
 
@@ -584,10 +601,13 @@ def test_without_syslog_it_logs_into_the_store(place: Place, left_over: bool) ->
     if left_over:  # a socket that nobody listens at
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as syslog:
             syslog.bind(str(place.base / "log"))
-    _serve_until_unmounted(place, place.base / "log")
-    log = (place.store / "daemon.log").read_text()
+    file = place.store / "daemon.log"
+    with _in_the_background(place, place.base / "log"):
+        wait_for(lambda: file.exists() and "cannot have a socket" in file.read_text())
+    log = file.read_text()
     assert f"INFO: mounted {place.store} at {place.path}\n" in log
     assert f"INFO: unmounted {place.path}\n" in log
+    assert f" WARNING: {place.store} cannot have a socket " in log
     place.mount()  # the log does not make the store a stranger
     place.umount()
 
