@@ -31,6 +31,9 @@ ANSWER = 60.0
 #: Seconds that QEMU has to greet. A QMP socket serves one client; others wait in its queue unheard.
 GREETING = 5.0
 
+#: How often a connection that QEMU resets is tried, and the seconds in between.
+_ATTEMPTS, _PAUSE = 5, 0.05
+
 #: The name under which QEMU keeps the descriptor of the state.
 _FD_NAME = "ramfs-state"
 
@@ -212,6 +215,22 @@ class QmpGone(QmpError):
     """The conversation ended in the middle: QEMU is dead, or has closed the socket."""
 
 
+async def _connected(name: str) -> QMPClient:
+    """A client that QEMU has greeted. What QEMU resets, since the connection before is just ending, is tried again."""
+    attempts = _ATTEMPTS
+    while True:
+        client = QMPClient("ramfs")
+        try:
+            await client.connect(name)
+        except (ConnectError, OSError, EOFError) as error:
+            attempts -= 1
+            if attempts == 0 or ConnectionResetError not in (type(error), type(error.__cause__)):
+                raise
+        else:
+            return client
+        await asyncio.sleep(_PAUSE)
+
+
 @contextlib.asynccontextmanager
 async def connect(path: str | os.PathLike[str], greeting: float = GREETING) -> AsyncIterator[Qmp]:
     """Talk to the QEMU that listens at a QMP socket.
@@ -224,10 +243,9 @@ async def connect(path: str | os.PathLike[str], greeting: float = GREETING) -> A
             raise QmpError(f"{name} is not a socket; start QEMU with -qmp unix:{name},server=on,wait=off")
     except OSError as error:
         raise QmpError(f"cannot reach QEMU at {name}: {error.strerror}") from error
-    client = QMPClient("ramfs")
     try:
         async with asyncio.timeout(greeting):
-            await client.connect(name)
+            client = await _connected(name)
     except TimeoutError as error:
         raise QmpError(
             f"{name} does not greet as QEMU does within {greeting:g} s; "

@@ -159,7 +159,7 @@ class Mount:
             exited = os.pidfd_open(pid)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            select.select([exited], [], [], 20)
+            readable(exited, 20)
             os.close(exited)
 
     def restart(self) -> Mount:
@@ -263,6 +263,13 @@ class Mount:
 
     def _failure(self, what: str) -> MountFailed:
         return MountFailed(f"{self}: {what}; its log:\n{self.log or '(empty)'}")
+
+
+def readable(fd: int, timeout: float | None = None) -> bool:
+    """Wait until a descriptor of any number, such as a process's, can be read."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(None if timeout is None else timeout * 1000))
 
 
 def children(pid: int) -> list[int]:

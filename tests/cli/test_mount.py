@@ -8,7 +8,6 @@ import json
 import mmap
 import os
 import re
-import select
 import signal
 import socket
 import sqlite3
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from cli.conftest import Place, call, needs_root, run
-from harness import Mount, children, is_mounted
+from harness import Mount, children, is_mounted, readable
 
 from ramfs import __version__
 from ramfs.cli._mounts import mounted_at
@@ -295,11 +294,11 @@ def test_a_supervisor_that_is_killed(shm: Path, end: str) -> None:
         ended = os.pidfd_open(daemon)
         if end == "signal":
             os.kill(daemon, signal.SIGTERM)
-            assert select.select([ended], [], [], 20)[0]
+            assert readable(ended, 20)
     if end == "umount":
         os.close(fd)
         run("umount", mount.path).ok()
-        assert select.select([ended], [], [], 20)[0]
+        assert readable(ended, 20)
     else:
         with pytest.raises(OSError, match="not connected"):
             os.close(fd)

@@ -101,7 +101,10 @@ def dying_with_its_daemon(mount: Mount) -> Iterator[None]:
     exited = os.pidfd_open(mount.pid)
 
     def watch() -> None:
-        if exited in select.select([exited, done], [], [])[0]:
+        poll = select.poll()
+        poll.register(exited, select.POLLIN)
+        poll.register(done, select.POLLIN)
+        if exited in dict(poll.poll()):
             supervisor.kill()
 
     watcher = threading.Thread(target=watch)

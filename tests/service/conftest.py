@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import children, is_mounted, unmount
+from harness import children, is_mounted, readable, unmount
 
 BIN = Path(sys.executable).parent
 UNIT = Path(__file__).parents[2] / "systemd" / "ramfs@.service"
@@ -98,7 +97,7 @@ class Manager:
         while word not in self.told:
             assert self.process is not None
             assert time.monotonic() < deadline, (word, self.told)
-            if not select.select([self._socket], [], [], 0.05)[0]:
+            if not readable(self._socket.fileno(), 0.05):
                 assert self.process.poll() is None, self.log.read_text()
                 continue
             self._take()
@@ -135,14 +134,14 @@ class Manager:
         for fd in gone:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(fd, signal.SIGKILL)
-            select.select([fd], [], [], PATIENCE)
+            readable(fd, PATIENCE)
             os.close(fd)
 
     def end(self) -> int:
         """Wait for the end of the service, whose mount was taken down, and hear its last words."""
         assert self.process is not None
         code = self.process.wait(PATIENCE)
-        while select.select([self._socket], [], [], 0)[0]:
+        while readable(self._socket.fileno(), 0):
             self._take()
         return code
 

@@ -6,7 +6,6 @@ import contextlib
 import json
 import mmap
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -19,7 +18,7 @@ from typing import Any
 
 import pytest
 import trio
-from harness import Mount, children, is_mounted
+from harness import Mount, children, is_mounted, readable
 from mount.posix import Process, eventually, opened, pattern, read, status
 from takeover.conftest import Request, Victim, freed, fsck
 
@@ -56,7 +55,7 @@ def gone(pid: int, timeout: float = 20) -> bool:
     except ProcessLookupError:
         return True
     try:
-        return bool(select.select([exited], [], [], timeout)[0])
+        return readable(exited, timeout)
     finally:
         os.close(exited)
 
