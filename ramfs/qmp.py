@@ -20,7 +20,16 @@ import struct
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any, cast
 
-from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError, StateError
+from qemu.qmp import (
+    ConnectError,
+    ExecInterruptedError,
+    ExecuteError,
+    Message,
+    QMPClient,
+    QMPError,
+    Runstate,
+    StateError,
+)
 
 from ramfs.errors import QmpError
 
@@ -215,11 +224,21 @@ class QmpGone(QmpError):
     """The conversation ended in the middle: QEMU is dead, or has closed the socket."""
 
 
+class _Client(QMPClient):
+    """Passes over events that QEMU sends before its answer to the first command: the library trips over them."""
+
+    async def _do_recv(self) -> Message:
+        message = await super()._do_recv()
+        while self.runstate is Runstate.CONNECTING and "event" in message:
+            message = await super()._do_recv()
+        return message
+
+
 async def _connected(name: str) -> QMPClient:
     """A client that QEMU has greeted. What QEMU resets, since the connection before is just ending, is tried again."""
     attempts = _ATTEMPTS
     while True:
-        client = QMPClient("ramfs")
+        client = _Client("ramfs")
         try:
             await client.connect(name)
         except (ConnectError, OSError, EOFError) as error:

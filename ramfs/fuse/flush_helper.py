@@ -93,7 +93,12 @@ def answer_to(mountpoint: bytes, job: Any) -> tuple[Any, ...]:
 
 def look(mountpoint: bytes) -> tuple[int, int]:
     """The device and inode number at the mountpoint, once the daemon has answered something."""
-    os.statvfs(mountpoint)  # attributes the kernel may know from the daemon before
+    try:
+        os.statvfs(mountpoint)  # attributes the kernel may know from the daemon before
+    except OSError as exc:
+        if exc.errno != errno.EIO:
+            raise
+        # An answer too: of a daemon whose store has lost something.
     status = os.stat(mountpoint)
     return status.st_dev, status.st_ino
 

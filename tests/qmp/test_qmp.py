@@ -78,6 +78,14 @@ def test_an_old_qemu_without_the_capability(tmp_path_short: Path) -> None:
         talk(tmp_path_short / "qmp", lambda guest: guest.require_ignore_shared())
 
 
+def test_an_event_before_the_first_answer(tmp_path_short: Path) -> None:
+    """QEMU takes the first command, then something happens in the guest, then it answers."""
+    event = b'{"event": "RTC_CHANGE", "data": {"offset": 0}, "timestamp": {"seconds": 1, "microseconds": 2}}\n'
+    answer = b'{"return": {"status": "running", "singlestep": false, "running": true}, "id": "__qmp#00000"}\n'
+    with server(tmp_path_short / "qmp", GREETING, event + b'{"return": {}}\n', event + answer):
+        talk(tmp_path_short / "qmp", lambda guest: guest.status())
+
+
 def test_hangs_up_in_the_middle(tmp_path_short: Path) -> None:
     with (
         server(tmp_path_short / "qmp", GREETING, b'{"return": {}}\n', b'{"return'),
