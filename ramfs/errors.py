@@ -13,6 +13,12 @@ that a command ends with. The message is one sentence that says what, why and wh
     │   └── StoreDamaged          7   EUCLEAN       its parts contradict each other
     ├── MountError                8   EIO           the mount cannot be made or reached
     ├── QmpError                  9   EIO           QEMU refused or vanished
+    ├── SourceError              10   EIO           where absent pages come from fails
+    │   ├── SourceLost           11   EIO           it cannot be reached: worth trying again
+    │   ├── SourceRefused        12   EIO           it says no
+    │   ├── SourceBroken         13   EIO           it says what cannot be right
+    │   ├── SourceChanged        14   EIO           it is another one than before
+    │   └── SourceCorrupt        15   EIO           its bytes are not what their digests say
     └── FileError                 1   (given)       a file operation failed with this errno
 """
 
@@ -89,6 +95,43 @@ class QmpError(RamfsError):
     exit_code = 9
 
 
+class SourceError(RamfsError):
+    """Where absent pages come from fails. What sort of failure it is decides whether trying again is any use."""
+
+    errno = _errno.EIO
+    exit_code = 10
+
+
+class SourceLost(SourceError):
+    """The connection is refused, reset or silent, or the server ends: it may be there again later."""
+
+    exit_code = 11
+
+
+class SourceRefused(SourceError):
+    """The peer says no: it does not know the export, wants or refuses TLS, or does not allow it."""
+
+    exit_code = 12
+
+
+class SourceBroken(SourceError):
+    """The peer breaks the protocol, or answers what cannot be right."""
+
+    exit_code = 13
+
+
+class SourceChanged(SourceError):
+    """The export has another size than before: these are not the bytes that were asked for."""
+
+    exit_code = 14
+
+
+class SourceCorrupt(SourceError):
+    """A page does not match its digest."""
+
+    exit_code = 15
+
+
 class FileError(RamfsError):
     """A file operation failed; carries the errno that a local file system gives for it."""
 
@@ -109,4 +152,10 @@ EXIT_CODES: tuple[tuple[int, str], ...] = (
     (7, "the store is damaged"),
     (8, "the mount cannot be made or reached"),
     (9, "QEMU refused or vanished"),
+    (10, "the source of a pull fails"),
+    (11, "the source cannot be reached"),
+    (12, "the source refuses"),
+    (13, "the source breaks the protocol"),
+    (14, "the source has changed"),
+    (15, "the source gives wrong bytes"),
 )

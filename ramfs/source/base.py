@@ -1,0 +1,68 @@
+"""What every source of pages can do. Implementations: nbd_client, file; wrappers: fault, retry, verify.
+
+All coroutines are trio's. What they raise is a SourceError, of the class that says whether trying again is any use,
+or trio.Cancelled.
+"""
+
+from typing import NamedTuple, Protocol
+
+
+class Extent(NamedTuple):
+    """``length`` bytes from ``offset`` on; ``zero`` if they are known to be only zeros, and need not be read."""
+
+    offset: int
+    length: int
+    zero: bool
+
+
+class PageSource(Protocol):
+    """One export: the bytes of one file, which do not change."""
+
+    @property
+    def description(self) -> str:
+        """What it is, for people: a URI without its secrets, or a path."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+
+    @property
+    def maximum(self) -> int:
+        """Bytes of the largest read, a multiple of ``alignment``. Callers keep to it."""
+
+    @property
+    def alignment(self) -> int:
+        """Reads begin and end at multiples of this, a power of two; they may also end where the file does."""
+
+    async def read_into(self, offset: int, buffer: memoryview, *, urgent: bool = False) -> None:
+        """Fill all of ``buffer``, which is writable, with the bytes from ``offset`` on, or raise a SourceError.
+
+        Several at once are normal; an urgent one overtakes those that are not. Cancelling one harms no other.
+        The contents of the buffer mean nothing until this has returned.
+        """
+
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        """What is known of a range of at least one byte: one Extent after the other, from ``offset`` on.
+
+        At least one. They may end before the range does, and never end behind it. What nothing is known of is not zero.
+        """
+
+    async def aclose(self) -> None:
+        """Let go of everything. Reads that are under way raise SourceLost. Closing twice is no harm."""
+
+
+class SourceDirectory(Protocol):
+    """One server, or one local directory: a source for each name. It may have a manifest (manifest.py)."""
+
+    @property
+    def description(self) -> str:
+        """What it is, for people."""
+
+    async def names(self) -> list[str]:
+        """The names that can be opened, in no order; the manifest's need not be among them."""
+
+    async def open(self, name: str) -> PageSource:
+        """Open one. It stays usable when the directory is closed. Raises SourceRefused if there is no such name."""
+
+    async def aclose(self) -> None:
+        """Let go of everything but what was opened."""
