@@ -48,7 +48,13 @@ class PageSource(Protocol):
         """
 
     async def aclose(self) -> None:
-        """Let go of everything. Reads that are under way raise SourceLost. Closing twice is no harm."""
+        """Let go of everything. Reads that are not complete by then raise SourceLost. Closing twice is no harm."""
+
+
+async def read_whole(source: PageSource, offset: int, buffer: memoryview, *, urgent: bool = False) -> None:
+    """Fill a buffer of any length, in as many reads as ``source.maximum`` makes of it, one after the other."""
+    for at in range(0, len(buffer), source.maximum):
+        await source.read_into(offset + at, buffer[at : at + source.maximum], urgent=urgent)
 
 
 class SourceDirectory(Protocol):

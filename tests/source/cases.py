@@ -1,0 +1,140 @@
+"""What the tests of sources read, and the kinds of sources that the suite runs over."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from ramfs.image.digest import DIGEST, ZERO_DIGEST, digest_padded
+from ramfs.source.base import PageSource, SourceDirectory
+from ramfs.source.fault import FaultDirectory, Faults
+from ramfs.source.file import FileDirectory
+from ramfs.source.manifest import File, lay_out
+from ramfs.source.retry import RetrySource
+from ramfs.source.verify import VerifiedSource
+from ramfs.units import PAGE
+
+MB = 1 << 20
+#: Bytes of the image: no multiple of a page.
+SIZE = 3 * MB + 5000
+
+
+def sample() -> bytes:
+    """Random data with holes at the start, in the middle and inside of pages."""
+    data = bytearray(random.Random(4).randbytes(SIZE))
+    data[: 64 << 10] = bytes(64 << 10)
+    data[MB : 2 * MB] = bytes(MB)
+    data[2 * MB + 100 : 2 * MB + 5000] = bytes(4900)
+    return bytes(data)
+
+
+def write_sparse(path: Path, data: bytes) -> None:
+    """A file that has holes where whole pages are zero."""
+    with path.open("wb") as file:
+        file.truncate(len(data))
+        for at in range(0, len(data), PAGE):
+            if any(data[at : at + PAGE]):
+                os.pwrite(file.fileno(), data[at : at + PAGE], at)
+
+
+def file_of(data: bytes) -> File:
+    """What a manifest has of some contents."""
+    digests = np.frombuffer(digest_padded(data), np.uint8).reshape(-1, DIGEST).copy()
+    digests[(digests == np.frombuffer(ZERO_DIGEST, np.uint8)).all(axis=1)] = 0
+    return File(len(data), digests)
+
+
+def file_at(path: Path) -> File:
+    """What a manifest has of a file."""
+    return file_of(path.read_bytes())
+
+
+def manifest_of(files: dict[str, bytes]) -> bytearray:
+    """A manifest, made the slow way."""
+    layout = lay_out([(os.fsencode(name), len(data), number) for number, (name, data) in enumerate(files.items())])
+    whole = layout.head + bytes(layout.size - len(layout.head))
+    for number, data in enumerate(files.values()):
+        digests = file_of(data).digests.tobytes()
+        offset = layout.places[number].offset
+        whole[offset : offset + len(digests)] = digests
+    layout.seal(xxhash.xxh3_128_digest(whole))
+    whole[: len(layout.head)] = layout.head
+    return whole
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind of source: how to open one file, or the directory it is in, given a local directory."""
+
+    name: str
+    serve: Callable[[Path], AbstractAsyncContextManager[SourceDirectory]]
+    wrap: Callable[[SourceDirectory, Path], AbstractAsyncContextManager[PageSource]] | None = None
+
+    @contextlib.asynccontextmanager
+    async def open(self, path: Path) -> AsyncIterator[PageSource]:
+        """A source of what a file holds."""
+        async with self.serve(path.parent) as directory:
+            if self.wrap is not None:
+                async with self.wrap(directory, path) as source:
+                    yield source
+            else:
+                source = await directory.open(path.name)
+                yield source
+                await source.aclose()
+
+
+@contextlib.asynccontextmanager
+async def files(path: Path) -> AsyncIterator[SourceDirectory]:
+    directory = FileDirectory(str(path))
+    yield directory
+    await directory.aclose()
+
+
+@contextlib.asynccontextmanager
+async def harmless_faults(path: Path) -> AsyncIterator[SourceDirectory]:
+    faults, rest = Faults.parse(f"fault:delay=1us-50us,corrupt=page100000:{path}")
+    directory = FaultDirectory(FileDirectory(rest), faults)
+    yield directory
+    await directory.aclose()
+
+
+@contextlib.asynccontextmanager
+async def retried(directory: SourceDirectory, path: Path) -> AsyncIterator[PageSource]:
+    source = await RetrySource.open(lambda: directory.open(path.name))
+    yield source
+    await source.aclose()
+
+
+@contextlib.asynccontextmanager
+async def verified(directory: SourceDirectory, path: Path) -> AsyncIterator[PageSource]:
+    source = VerifiedSource(await directory.open(path.name), file_at(path), path.name)
+    yield source
+    await source.aclose()
+
+
+@contextlib.asynccontextmanager
+async def retried_verified(directory: SourceDirectory, path: Path) -> AsyncIterator[PageSource]:
+    async def factory() -> PageSource:
+        return VerifiedSource(await directory.open(path.name), file_at(path), path.name)
+
+    source = await RetrySource.open(factory)
+    yield source
+    await source.aclose()
+
+
+#: All implementations. What serves over a network is added here: one line, a function as ``files``.
+CASES = [
+    Case("file", files),
+    Case("fault", harmless_faults),
+    Case("retry", files, retried),
+    Case("verify", files, verified),
+    Case("retry-verify-fault", harmless_faults, retried_verified),
+]
