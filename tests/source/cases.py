@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
+from nbd.servers import nbdkit
 
 from ramfs.image.digest import DIGEST, ZERO_DIGEST, digest_padded
 from ramfs.source.base import PageSource, SourceDirectory
 from ramfs.source.fault import FaultDirectory, Faults
 from ramfs.source.file import FileDirectory
 from ramfs.source.manifest import File, lay_out
+from ramfs.source.nbd_client import NbdDirectory
 from ramfs.source.retry import RetrySource
 from ramfs.source.verify import VerifiedSource
 from ramfs.units import PAGE
@@ -106,6 +108,20 @@ async def harmless_faults(path: Path) -> AsyncIterator[SourceDirectory]:
     await directory.aclose()
 
 
+def served(*filters: str) -> Callable[[Path], AbstractAsyncContextManager[SourceDirectory]]:
+    """By nbdkit, with these filters and their parameters."""
+
+    @contextlib.asynccontextmanager
+    async def serve(path: Path) -> AsyncIterator[SourceDirectory]:
+        options = [f"--filter={each}" for each in filters if "=" not in each]
+        with nbdkit(*options, "file", f"dir={path}", *(each for each in filters if "=" in each)) as uri:
+            directory = NbdDirectory(uri)
+            yield directory
+            await directory.aclose()
+
+    return serve
+
+
 @contextlib.asynccontextmanager
 async def retried(directory: SourceDirectory, path: Path) -> AsyncIterator[PageSource]:
     source = await RetrySource.open(lambda: directory.open(path.name))
@@ -137,4 +153,7 @@ CASES = [
     Case("retry", files, retried),
     Case("verify", files, verified),
     Case("retry-verify-fault", harmless_faults, retried_verified),
+    Case("nbd", served()),
+    Case("nbd-one-connection", served("multi-conn", "multi-conn-mode=disable")),
+    Case("nbd-retry-verify", served(), retried_verified),
 ]

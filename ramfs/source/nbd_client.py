@@ -1,0 +1,626 @@
+"""Sources of pages on an NBD server: what `ramfs.source.nbd` says, over sockets and TLS, on trio.
+
+There is no task behind a connection. Of those who wait for replies on it one receives for all (`_Lane._drive`), and
+hands that on to another one when it has what it waits for, or is cancelled. So the reply to a single urgent read
+costs no switch of tasks, and a connection that nobody waits for costs nothing.
+
+Where the server allows several connections for an export, one of them is kept for urgent reads: what streams on the
+others does not stand in their way.
+"""
+
+import errno
+import logging
+import mmap
+import os
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain
+from typing import Final
+
+import trio
+
+from ramfs.errors import SourceBroken, SourceChanged, SourceError, SourceLost, SourceRefused
+from ramfs.source.base import Extent
+from ramfs.source.nbd.connection import MAX_EXTENTS, Command, Connection
+from ramfs.source.nbd.states import Goal, State
+from ramfs.source.nbd.uri import NbdUri, parse
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long a server is waited for, in seconds, and how much is asked of it at once."""
+
+    handshake: float = 10.0
+    """From the first packet until the export is open."""
+    silence: float = 30.0
+    """Without a byte, while replies are due."""
+    patience: float = 120.0
+    """For the reply to one request, whatever else comes meanwhile."""
+    goodbye: float = 1.0
+    """For the replies that are still due when a connection is closed."""
+    requests: int = 64
+    """Under way on one connection; more wait for their turn."""
+
+
+_LIMITS: Final = Limits()
+#: Bytes received at one go before other tasks have their turn.
+_BURST: Final = 2 << 20
+#: Bytes of the largest TLS record.
+_RECORD: Final = 1 << 14
+
+
+class NbdDirectory:
+    """The exports of an NBD server. The one that the URI names is a matter of the caller."""
+
+    def __init__(self, uri: NbdUri | str, *, connections: int = 2, limits: Limits = _LIMITS) -> None:
+        """Connects with the first call.
+
+        ``connections`` is how many are made for an export, where the server allows more than one.
+
+        :raises UsageError: the URI is none.
+        """
+        self._uri = parse(uri) if isinstance(uri, str) else uri
+        self._connections = connections
+        self._limits = limits
+
+    @property
+    def description(self) -> str:
+        """The URI."""
+        return str(self._uri)
+
+    async def names(self) -> list[str]:
+        """All that the server lists. A name that it does not list may still be there to open."""
+        lane = await _Lane.connect(self._uri, Goal.LIST, self._limits)
+        lane.close()
+        return lane.connection.exports
+
+    async def size(self, name: str) -> int:
+        """Bytes of an export, without opening it."""
+        lane = await _Lane.connect(self._uri.with_export(name), Goal.LOOK, self._limits)
+        lane.close()
+        return lane.connection.size
+
+    async def open(self, name: str) -> "NbdSource":
+        """Open an export, on as many connections as are to be had."""
+        uri = self._uri.with_export(name)
+        first = await _Lane.connect(uri, Goal.OPEN, self._limits)
+        lanes = [first]
+        try:
+            if first.connection.multi_conn:
+                async with trio.open_nursery() as nursery:
+                    for _ in range(self._connections - 1):
+                        nursery.start_soon(self._add, uri, lanes)
+            return NbdSource(uri, lanes)
+        except BaseException:
+            for lane in lanes:
+                lane.close()
+            raise
+
+    async def _add(self, uri: NbdUri, lanes: "list[_Lane]") -> None:
+        try:
+            lanes.append(await _Lane.connect(uri, Goal.OPEN, self._limits))
+        except SourceError as error:
+            _log.info("%s; going on with fewer connections", error)
+
+    async def aclose(self) -> None:
+        """Nothing is open between two calls."""
+        await trio.lowlevel.checkpoint()
+
+
+class NbdSource:
+    """One export, on one or more connections."""
+
+    def __init__(self, uri: NbdUri, lanes: "list[_Lane]") -> None:
+        connection = lanes[0].connection
+        if any(lane.connection.size != connection.size for lane in lanes):
+            raise SourceChanged(f"{uri} has another size on each connection")
+        self.description = str(uri)
+        self.size = connection.size
+        self.alignment = connection.block_size.minimum
+        self.maximum = connection.block_size.maximum
+        self._lanes = lanes
+        # The second one is for urgent reads alone.
+        self._urgent = lanes[1 if len(lanes) > 1 else 0]
+        self._calm = [lane for lane in lanes if lane is not self._urgent] or lanes
+
+    @property
+    def connections(self) -> int:
+        """How many there are."""
+        return len(self._lanes)
+
+    async def read_into(self, offset: int, buffer: memoryview, *, urgent: bool = False) -> None:
+        """Fill ``buffer``: the kernel copies what it received into it, and nobody else (TLS into a bytearray does).
+
+        :raises ValueError: the range is not one that this export has, or not aligned, or too long.
+        """
+        length = len(buffer)
+        end = offset + length
+        loose = offset % self.alignment or (end % self.alignment and end != self.size)
+        if not 0 <= offset <= end <= self.size or length > self.maximum or loose:
+            raise ValueError(f"bytes {offset} to {end} of {self.description} cannot be read at once")
+        if not length:
+            await trio.lowlevel.checkpoint()
+            return
+        lane = self._urgent if urgent else self._calmest()
+        await lane.perform(lambda connection: connection.read(offset, buffer))
+
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        """What the server's ``base:allocation`` says of at most the next 64 MiB; nothing where it has none."""
+        lane = self._calmest()
+        if lane.connection.context is None:
+            await lane.alive()
+            return [Extent(offset, length, False)]
+        end = offset + length
+        start = offset - offset % self.alignment
+        ask = min(-(-end // self.alignment) * self.alignment, start + MAX_EXTENTS, self.size) - start
+        command = await lane.perform(lambda connection: connection.block_status(start, ask))
+        found = []
+        for extent in command.extents or ():
+            low, high = max(extent.offset, offset), min(extent.offset + extent.length, end)
+            if low < high:
+                found.append(Extent(low, high - low, extent.zero))
+        return found or [Extent(offset, min(length, ask), False)]
+
+    def _calmest(self) -> "_Lane":
+        if len(self._calm) == 1:
+            return self._calm[0]
+        return min(self._calm, key=lambda lane: len(lane.connection.commands))
+
+    async def aclose(self) -> None:
+        """Say goodbye and close. Reads that are under way raise SourceLost."""
+        async with trio.open_nursery() as nursery:
+            for lane in self._lanes:
+                nursery.start_soon(lane.leave)
+
+
+class _Lane:
+    """One connection: a socket, what it said, and who waits for it."""
+
+    def __init__(self, uri: NbdUri, goal: Goal, limits: Limits, sock: socket.socket) -> None:
+        self.connection = Connection(goal, uri.export, tls=uri.tls, clear=self._clear)
+        self._uri = uri
+        self._limits = limits
+        self._socket = sock
+        self._secure: ssl.SSLSocket | None = None
+        self._outgoing = bytearray()
+        self._blocked = False  # what is outgoing has to wait until the socket takes it
+        self._heard = trio.current_time()
+        self._driven = False
+        self._waiting: dict[object, trio.Event] = {}
+        self._queueing: dict[object, trio.Event] = {}
+        self._failure: SourceError | None = None
+        self._leaving = False
+        self._pause = trio.CancelScope()  # while the one who drives waits for the socket
+        self._memory = _KernelMemory()
+
+    @classmethod
+    async def connect(cls, uri: NbdUri, goal: Goal, limits: Limits) -> "_Lane":
+        """Connect and shake hands.
+
+        :raises SourceError: there is nobody, or nobody who should be spoken to, or it takes too long.
+        """
+        lane = None
+        try:
+            with trio.fail_after(limits.handshake):
+                sock = await _connected(uri)
+                lane = cls(uri, goal, limits, sock)
+                await lane._negotiate()
+            return lane
+        except BaseException as error:
+            if lane is not None:
+                lane.close()
+            if isinstance(error, trio.TooSlowError):
+                what = "connect" if lane is None else "finish the handshake"
+                raise SourceLost(f"{uri} does not {what} within {limits.handshake:g} s") from error
+            raise
+
+    # --- the handshake ---
+
+    async def _negotiate(self) -> None:
+        connection = self.connection
+        while connection.state not in (State.OPEN, State.IDLE):
+            if connection.state is State.TLS:
+                await self._start_tls()
+            self._send()
+            count = self._receive()
+            if count is None:
+                await self._ready()
+            else:
+                self._take_in(count)
+
+    async def _start_tls(self) -> None:
+        # Loading the system's authorities takes some ten milliseconds, and so does a disk.
+        context = await trio.to_thread.run_sync(_context, self._uri, abandon_on_cancel=True)
+        try:
+            self._secure = self._socket = context.wrap_socket(
+                self._socket, server_hostname=self._uri.server_name, do_handshake_on_connect=False
+            )
+            while True:
+                try:
+                    self._secure.do_handshake()
+                    break
+                except ssl.SSLWantReadError:
+                    await trio.lowlevel.wait_readable(self._socket)
+                except ssl.SSLWantWriteError:
+                    await trio.lowlevel.wait_writable(self._socket)
+        except (OSError, ValueError) as error:
+            raise self._fail(_why(error, "in the TLS handshake")) from error
+        self.connection.tls_started()
+
+    # --- requests ---
+
+    async def alive(self) -> None:
+        """Raise if the connection is known to be lost."""
+        await trio.lowlevel.checkpoint()
+        self._check()
+
+    async def perform(self, ask: Callable[[Connection], Command]) -> Command:
+        """Make a request and wait for its reply.
+
+        :raises SourceError: the server cannot do it, or the connection is lost.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self._check()
+        if len(self.connection.commands) >= self._limits.requests:
+            await self._turn()
+            self._check()
+        command = ask(self.connection)
+        command.since = trio.current_time()
+        try:
+            self._send()
+            while not command.settled:
+                self._check()
+                if self._driven:
+                    await self._wait(self._waiting, command)
+                else:
+                    await self._drive(lambda: command.settled)
+        except BaseException:
+            if self._failure is None:
+                self.connection.abandon(command)
+            raise
+        if isinstance(command.error, SourceError):
+            raise self._named(command.error)
+        if command.error is not None:
+            raise SourceError(f"what {self._uri} sends cannot be stored: {_reason(command.error)}") from command.error
+        return command
+
+    async def _turn(self) -> None:
+        """Wait until fewer requests are under way; among those may be some that nobody else waits for any more."""
+
+        def free() -> bool:
+            return self._leaving or len(self.connection.commands) < self._limits.requests
+
+        while not free():
+            if self._driven:
+                await self._wait(self._queueing, object())
+            else:
+                await self._drive(free)
+
+    async def _wait(self, where: dict[object, trio.Event], key: object) -> None:
+        event = where[key] = trio.Event()
+        try:
+            await event.wait()
+        except trio.Cancelled:
+            del where[key]
+            # It may have been woken all the same, when it was cancelled already: then that is another one's turn.
+            if event.is_set():
+                self._hand_on()
+            raise
+        del where[key]
+
+    async def _drive(self, done: Callable[[], bool]) -> None:
+        """Receive, for everybody, until ``done``; then have another one who waits go on with it."""
+        self._driven = True
+        taken, rested = 0, False
+        try:
+            while not done():
+                if self._failure is not None:
+                    raise self._named(self._failure)
+                count = self._receive()
+                if count is None:
+                    await self._patiently()
+                    taken, rested = 0, True
+                    continue
+                command = self._take_in(count)
+                if command is not None:
+                    if (event := self._waiting.get(command)) is not None:
+                        event.set()
+                    _wake(self._queueing.values())
+                taken += count
+                if taken >= _BURST:
+                    self._heard = trio.current_time()
+                    await trio.lowlevel.checkpoint()
+                    taken, rested = 0, True
+            if not rested:
+                await trio.lowlevel.cancel_shielded_checkpoint()
+        finally:
+            self._driven = False
+            self._hand_on()
+
+    def _hand_on(self) -> None:
+        """Have one of those who wait look whether it is its turn to receive, and one whether it can ask."""
+        if not self._driven:
+            _wake(self._waiting.values())
+        _wake(self._queueing.values())
+
+    async def _patiently(self) -> None:
+        """Wait until there may be something to receive, but not for ever."""
+        if self._outgoing:
+            self._send()
+        oldest = next(iter(self.connection.commands.values())).since
+        silence = max(self._heard, oldest) + self._limits.silence
+        patience = oldest + self._limits.patience
+        with trio.CancelScope(deadline=min(silence, patience)) as self._pause:
+            await self._ready()
+        if self._pause.cancelled_caught and not self._leaving:
+            if silence <= patience:
+                raise self._fail(SourceLost(f"has said nothing for {self._limits.silence:g} s"))
+            raise self._fail(SourceLost(f"has left a request unanswered for {self._limits.patience:g} s"))
+        self._heard = trio.current_time()
+
+    # --- the socket ---
+
+    async def _ready(self) -> None:
+        """Wait until the socket can be read, or can be written if something waits for that."""
+        closed = False
+        try:
+            if self._blocked:
+                await _either(self._socket)
+            else:
+                await trio.lowlevel.wait_readable(self._socket)
+        except* trio.ClosedResourceError:
+            closed = True
+        self._blocked = False
+        if closed:
+            self._check()
+
+    def _send(self) -> None:
+        """Send what there is to send, as far as the socket takes it; whoever drives sends the rest."""
+        self._outgoing += self.connection.data_to_send()
+        self._blocked = False
+        while self._outgoing:
+            try:
+                del self._outgoing[: self._socket.send(self._outgoing)]
+            except ssl.SSLWantReadError:
+                return
+            except (BlockingIOError, ssl.SSLWantWriteError):
+                self._blocked = True
+                return
+            except OSError as error:
+                raise self._fail(_why(error)) from error
+
+    def _receive(self) -> int | None:
+        """Receive into the buffer that the connection offers; None if there is nothing yet."""
+        connection = self.connection
+        try:
+            if self._secure is not None:
+                count = self._receive_tls(self._secure, connection.get_buffer())
+            else:
+                count = self._socket.recv_into(connection.get_buffer())
+            if count:
+                return count
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return None
+        except ssl.SSLWantWriteError:
+            self._blocked = True
+            return None
+        except OSError as error:
+            if error.errno == errno.EFAULT and connection.receiving is not None:
+                connection.unwritable(error)
+                return self._receive()
+            raise self._fail(_why(error)) from error
+        raise self._fail(connection.eof())
+
+    def _receive_tls(self, secure: ssl.SSLSocket, buffer: memoryview) -> int:
+        """OpenSSL stores what it deciphered; into memory that may be mapped, the kernel must."""
+        if isinstance(buffer.obj, bytearray):
+            return secure.recv_into(buffer)
+        part = self._memory.view[: len(buffer)]
+        count = secure.recv_into(part)
+        try:
+            self._memory.copy(buffer[:count])
+        except OSError as error:
+            self.connection.unwritable(error)
+        return count
+
+    def _take_in(self, count: int) -> Command | None:
+        try:
+            return self.connection.buffer_updated(count)
+        except SourceError as error:
+            raise self._fail(error) from error
+
+    def _clear(self, view: memoryview) -> None:
+        self._memory.clear(view)
+
+    # --- the end ---
+
+    def _named(self, error: SourceError) -> SourceError:
+        return type(error)(f"{self._uri} {error}")
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._named(self._failure)
+        if self._leaving:
+            raise SourceLost(f"{self._uri} is closed")
+
+    def _fail(self, error: SourceError) -> SourceError:
+        """The connection is of no use any more: close it, and have all who wait look at why. Returns what to raise."""
+        if self._failure is None:
+            self._failure = error
+            self.connection.close()
+            trio.lowlevel.notify_closing(self._socket)
+            self._socket.close()
+            self._memory.close()
+            for event in chain(self._waiting.values(), self._queueing.values()):
+                event.set()
+        return self._named(error)
+
+    async def leave(self) -> None:
+        """Give up all requests, receive what the server has to say to them, and close.
+
+        There are servers that crash when a client goes while they reply (nbdkit 1.32), and other clients with them.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if self._failure is None and not self._leaving:
+            self._leaving = True
+            commands = self.connection.commands
+            for command in commands.values():
+                command.error = SourceLost("is closed")
+                self.connection.abandon(command)
+            for event in chain(self._waiting.values(), self._queueing.values()):
+                event.set()
+            self._pause.cancel()
+            try:
+                with trio.move_on_after(self._limits.goodbye):
+                    while self._driven:  # who did so until now has yet to notice
+                        await trio.lowlevel.checkpoint()
+                    await self._drive(lambda: not commands)
+            except SourceError:
+                pass
+            finally:
+                self.close()
+        await trio.lowlevel.cancel_shielded_checkpoint()
+
+    def close(self) -> None:
+        """Say goodbye, if that can be said at once, and close."""
+        if self._failure is not None:
+            return
+        self.connection.leave()
+        with suppress(SourceError):
+            self._send()
+        self._fail(SourceLost("is closed"))
+
+
+class _KernelMemory:
+    """Has the kernel copy into memory that may be mapped: where a disk is full that is an error, and no SIGBUS."""
+
+    def __init__(self) -> None:
+        self._zeros = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
+        self._fd = -1
+        self._view: memoryview | None = None
+
+    @property
+    def view(self) -> memoryview:
+        """Memory of one TLS record, that `copy` copies from."""
+        if self._view is None:
+            self._fd = os.memfd_create("ramfs-record")
+            os.truncate(self._fd, _RECORD)
+            self._view = memoryview(mmap.mmap(self._fd, _RECORD))
+        return self._view
+
+    def copy(self, target: memoryview) -> None:
+        """Copy the beginning of `view`."""
+        done = 0
+        while done < len(target):
+            done += os.preadv(self._fd, [target[done:]], done)
+
+    def clear(self, target: memoryview) -> None:
+        """Fill with zeros."""
+        done = 0
+        while done < len(target):
+            done += os.readv(self._zeros, [target[done:]])
+
+    def close(self) -> None:
+        """Let go of the descriptors."""
+        os.close(self._zeros)
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._view = None
+
+
+async def _either(sock: socket.socket) -> None:
+    """Wait until a socket can be read or written."""
+    async with trio.open_nursery() as nursery:
+
+        async def first(wait: Callable[[socket.socket], Awaitable[None]]) -> None:
+            await wait(sock)
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(first, trio.lowlevel.wait_readable)
+        nursery.start_soon(first, trio.lowlevel.wait_writable)
+
+
+async def _connected(uri: NbdUri) -> socket.socket:
+    """A socket that is connected to the server."""
+    try:
+        if uri.socket:
+            local = trio.socket.socket(socket.AF_UNIX)
+            try:
+                await local.connect(uri.socket.encode())
+            except BaseException:
+                local.close()
+                raise
+            sock = socket.socket(fileno=local.detach())
+        else:
+            stream = await trio.open_tcp_stream(uri.host, uri.port)
+            sock = socket.socket(fileno=stream.socket.detach())
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            # A peer that went away without a word is found out within half a minute, also while nothing is asked.
+            for number, value in ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3)):
+                sock.setsockopt(socket.IPPROTO_TCP, number, value)
+    except OSError as error:
+        raise SourceLost(f"{uri} cannot be reached: {_reason(error)}") from error
+    sock.setblocking(False)
+    return sock
+
+
+def _context(uri: NbdUri) -> ssl.SSLContext:
+    """What is needed to verify the server; read anew for each connection, as certificates are renewed."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    path = uri.certificates
+    try:
+        if not path:
+            context.load_default_certs()
+        elif os.path.isdir(path):
+            context.load_verify_locations(os.path.join(path, "ca-cert.pem"))
+            certificate = os.path.join(path, "client-cert.pem")
+            if os.path.exists(certificate):
+                # Nobody is there to be asked for a password.
+                context.load_cert_chain(certificate, os.path.join(path, "client-key.pem"), password="")
+        else:
+            context.load_verify_locations(path)
+    except OSError as error:  # ssl.SSLError is one
+        raise SourceRefused(f"the certificates in {path or 'the system'} cannot be used: {_reason(error)}") from error
+    return context
+
+
+def _why(error: Exception, where: str = "") -> SourceError:
+    """What an error of the socket means; the sentence goes on from the server's name."""
+    at = f" {where}" if where else ""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return SourceRefused(f"cannot be trusted: {error.verify_message or _reason(error)}")
+    if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+        if "ALERT" in (error.reason or ""):
+            return SourceRefused(f"refuses the connection{at}: {_reason(error)}")
+        return SourceBroken(f"does not speak TLS as it should{at}: {_reason(error)}")
+    return SourceLost(f"lost the connection{at}: {_reason(error)}")
+
+
+def _reason(error: BaseException) -> str:
+    """The cause that a person can act on."""
+    if isinstance(error, ssl.SSLError) and error.reason:
+        return error.reason.replace("_", " ").lower()
+    cause = error.__cause__
+    if isinstance(cause, BaseExceptionGroup):
+        cause = cause.exceptions[0]
+    if isinstance(cause, OSError):
+        return _reason(cause)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _wake(events: Iterable[trio.Event]) -> None:
+    """Wake the first one that was not woken yet."""
+    for event in events:
+        if not event.is_set():
+            event.set()
+            return
