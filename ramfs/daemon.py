@@ -124,6 +124,7 @@ class Daemon:
                 trio.run(self._main)
             finally:
                 self._unmount(session)
+                self.operations.manifests.close_all()
                 self.flusher.close()
         except BaseException:
             store.abandon()

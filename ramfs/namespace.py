@@ -227,6 +227,10 @@ class Namespace:
         row = self.catalog.row("SELECT ino FROM names WHERE parent = ? AND name = ?", parent, name)
         return self._aliases.get((parent, name)) if row is None else InodeNumber(row["ino"])
 
+    def has(self, parent: InodeNumber, name: bytes) -> bool:
+        """Has a directory an entry of that name?"""
+        return self._find(parent, name) is not None
+
     @staticmethod
     def _has_snap(directory: Inode) -> bool:
         return not directory.frozen and not directory.is_snap
@@ -717,6 +721,24 @@ class Namespace:
             elif stat.S_ISDIR(row["mode"]):
                 below = path + b"/" if path else b""
                 todo += [(child, below + name) for _, name, child in reversed(list(self.names(ino)))]
+
+    def is_snapshot(self, inode: Inode) -> bool:
+        """Is it the top of a snapshot?"""
+        return inode.frozen and inode.is_dir and bool((inode.parent or 0) & SNAP_BIT)
+
+    def frozen_files(self, top: Inode) -> Iterator[tuple[bytes, ImageId, int]]:
+        """The regular files of a snapshot: path from its top, image, mode. Under each of their names."""
+        todo = [(top.ino, b"")]
+        while todo:
+            directory, path = todo.pop()
+            rows = self.catalog.execute(
+                "SELECT name, ino, mode, image FROM names JOIN inodes USING (ino) WHERE names.parent = ?", directory
+            )
+            for row in rows.fetchall():
+                if row["image"] is not None:
+                    yield path + row["name"], ImageId(row["image"]), row["mode"]
+                elif stat.S_ISDIR(row["mode"]):
+                    todo.append((row["ino"], path + row["name"] + b"/"))
 
     def path_of(self, ino: InodeNumber) -> bytes:
         """The path of a directory, or one of a file, from the root of the tree, without a leading slash.

@@ -10,7 +10,7 @@ the old entry or the new one, never an entry without its page.
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Final
 
 import numpy as np
@@ -22,10 +22,11 @@ from ramfs.image.table import Entries, equal_runs, runs_of
 from ramfs.store import behind
 from ramfs.store.flat import Flatten, reads_alike, sole_layer
 from ramfs.store.garbage import Pass
-from ramfs.store.images import Image
+from ramfs.store.gather import LayerPlace
+from ramfs.store.images import Image, unpack_layers
 from ramfs.store.layers import Layer, Places
 from ramfs.store.store import Store
-from ramfs.units import MAX_FILE_SIZE, PAGE, PAGE_SHIFT, ZERO, LayerId, pages
+from ramfs.units import MAX_FILE_SIZE, PAGE, PAGE_SHIFT, ZERO, ImageId, LayerId, pages
 
 #: The most that one request copies byte by byte (copy_file_range may answer with less than was asked).
 COPY_AT_ONCE: Final = 8 << 20
@@ -44,6 +45,7 @@ class Pager:
         self.images = store.images
         self.layers = store.layers
         self._sync_lock = trio.Lock()
+        self._digest_lock = trio.Lock()
 
     # -- reading
 
@@ -507,11 +509,32 @@ class Pager:
         return [layer for layer in self.layers.by_id.values() if layer.sealed and not layer.digested]
 
     async def digest(self, layer: Layer) -> None:
-        """Make the digests of a sealed layer."""
-        read = await trio.to_thread.run_sync(self.layers.write_digests, layer.id)
-        if layer.id in self.layers.by_id:
-            with self.store.catalog.transaction():
-                self.store.catalog.execute("UPDATE layers SET digested = 1 WHERE id = ?", layer.id)
-            layer.digested = True
-            if self.layers.drops:
-                self.layers.note_behind(read)
+        """Make the digests of a sealed layer, unless they are there."""
+        async with self._digest_lock:
+            if layer.digested or layer.id not in self.layers.by_id:
+                return
+            read = await trio.to_thread.run_sync(self.layers.write_digests, layer.id)
+            if layer.id in self.layers.by_id:
+                with self.store.catalog.transaction():
+                    self.store.catalog.execute("UPDATE layers SET digested = 1 WHERE id = ?", layer.id)
+                layer.digested = True
+                if self.layers.drops:
+                    self.layers.note_behind(read)
+
+    async def digest_images(self, numbers: Collection[ImageId]) -> dict[LayerId, LayerPlace]:
+        """Make the digests that the layers of frozen images still lack; where these are, then. Raises ENOENT."""
+        while True:
+            named: set[LayerId] = set()
+            for number in numbers:
+                row = self.store.catalog.row("SELECT layers FROM images WHERE id = ?", number)
+                if row is None:
+                    raise FileError(errno.ENOENT)
+                named |= unpack_layers(row["layers"])
+            known, path = self.layers.by_id, self.layers.path
+            layers = [known[number] for number in named if number in known]
+            bases = {layer.base for layer in layers}
+            lacking = [layer for layer in self.undigested() if layer.id in bases]
+            if not lacking:
+                return {n.id: LayerPlace(path(n.base), path(n.base, "xxh3"), n.shift) for n in layers}
+            for layer in lacking:
+                await self.digest(layer)

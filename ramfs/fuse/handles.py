@@ -1,8 +1,11 @@
 """Open files and directories."""
 
+import errno
 from dataclasses import dataclass
 
+from ramfs.errors import FileError
 from ramfs.fuse.flattening import Flattening
+from ramfs.fuse.manifests import Text
 from ramfs.namespace import Inode
 from ramfs.store.images import Image
 from ramfs.units import HandleId, InodeNumber
@@ -19,7 +22,10 @@ class FileHandle:
 
 @dataclass(slots=True)
 class VirtualHandle:
-    """An open file of ``.ramfs``: its text as of the open, who opened it, and what he asked for by writing."""
+    """An open file of ``.ramfs``: its text as of the open, who opened it, and what he asked for by writing.
+
+    Or an open manifest.
+    """
 
     id: HandleId
     ino: InodeNumber
@@ -28,8 +34,18 @@ class VirtualHandle:
     gid: int
     pid: int
     job: Flattening | None = None
+    manifest: Text | None = None
 
     @property
-    def text(self) -> bytes:
+    def size(self) -> int:
+        """Bytes."""
+        return len(self.data) if self.manifest is None else self.manifest.size
+
+    def read(self, offset: int, length: int) -> bytes:
         """What it reads as."""
-        return self.data if self.job is None else self.job.text
+        if self.manifest is not None:
+            if self.manifest.fd < 0:
+                raise FileError(errno.EIO, "the text of a manifest is gone")
+            return self.manifest.read(offset, length)
+        text = self.data if self.job is None else self.job.text
+        return text[offset : offset + length]

@@ -26,6 +26,7 @@ from ramfs.fuse.extension import kernel_resends, native, pyfuse3
 from ramfs.fuse.flattening import Flattening
 from ramfs.fuse.flush import Flusher
 from ramfs.fuse.handles import FileHandle, VirtualHandle
+from ramfs.fuse.manifests import Manifests, is_manifest
 from ramfs.fuse.passthrough import FOPEN_PASSTHROUGH, Passthrough
 from ramfs.inspect.counters import Counters
 from ramfs.inspect.report import Observer, page_counts_text
@@ -77,6 +78,7 @@ class Operations(pyfuse3.Operations):
         self.flusher = flusher
         self.template_rdwr = template_rdwr
         self.passthrough = passthrough
+        self.manifests = Manifests(pager, namespace)
         self.counters: Counters = observer.counters
         self.ledger: Ledger = namespace.ledger
         self.outcomes = pager.store.outcomes
@@ -101,7 +103,8 @@ class Operations(pyfuse3.Operations):
         uid, gid, pid, _, _ = OPENER.unpack_from(record.payload)
         if virtual.is_virtual(ino):
             data = record.payload[OPENER.size :]
-            self._files[handle] = VirtualHandle(handle, ino, data, uid, gid, pid)
+            text = self.manifests.reopen(ino) if is_manifest(ino) else None
+            self._files[handle] = VirtualHandle(handle, ino, data, uid, gid, pid, manifest=text)
             return
         inode = self.namespace.get(ino)
         inode.opens[handle] = Opener(pid, bool(record.d))
@@ -170,7 +173,7 @@ class Operations(pyfuse3.Operations):
         try:
             image = self._images.get(handle)
             if image is None:
-                return self._virtual(handle).text[offset : offset + size]
+                return self._virtual(handle).read(offset, size)
             counters = self.counters
             counters.reads += 1
             counters.read_bytes += size
@@ -220,7 +223,7 @@ class Operations(pyfuse3.Operations):
     def ioctl_now(self, ino: int, command: int, given: bytes, room: int) -> bytes | int:
         """IOCTL: what it gives back, or -errno. The kernel asks about any file that can be opened."""
         try:
-            frozen = not virtual.is_virtual(ino) and self.namespace.get(InodeNumber(ino)).frozen
+            frozen = is_manifest(ino) if virtual.is_virtual(ino) else self.namespace.get(InodeNumber(ino)).frozen
             return fileattr.answer(command, given, room, immutable=frozen)
         except Exception as exc:
             return self._failed(exc, "ioctl", ino, command)
@@ -229,7 +232,8 @@ class Operations(pyfuse3.Operations):
         """STATX: as GETATTR, and when the inode was made; or -errno. Whatever is asked, all is told."""
         try:
             if virtual.is_virtual(ino):
-                return statx.reply(self._virtual_entry(InodeNumber(ino)), 0)
+                made = self.manifests.made(InodeNumber(ino)) if is_manifest(ino) else 0
+                return statx.reply(self._virtual_entry(InodeNumber(ino)), made)
             inode = self.namespace.get(InodeNumber(ino))
             return statx.reply(self._attributes(inode), inode.btime)
         except Exception as exc:
@@ -277,9 +281,9 @@ class Operations(pyfuse3.Operations):
                 return -errno.EINVAL
             file = self._files[handle]
             if isinstance(file, VirtualHandle):
-                if not 0 <= offset < len(file.data):
+                if not 0 <= offset < file.size:
                     return -errno.ENXIO
-                return offset if whence == os.SEEK_DATA else len(file.data)
+                return offset if whence == os.SEEK_DATA else file.size
             found, _ = self.pager.seek(file.image, offset, whence)
             if not file.inode.is_written:
                 return _sought(found, file.image.size, whence)
@@ -369,6 +373,8 @@ class Operations(pyfuse3.Operations):
         return Caller(ctx.uid, ctx.gid, ctx.pid, lambda: set(pyfuse3.get_sup_groups(ctx.pid)))
 
     def _virtual_entry(self, ino: InodeNumber) -> pyfuse3.EntryAttributes:
+        if is_manifest(ino):
+            return self.manifests.attributes(ino)
         return virtual.attributes(ino, self.namespace.get(ROOT))
 
     @answered
@@ -378,6 +384,10 @@ class Operations(pyfuse3.Operations):
             return self._virtual_entry(virtual.lookup(name))
         if parent_inode == ROOT and name == virtual.DIRECTORY_NAME:
             return self._virtual_entry(virtual.DIRECTORY)
+        manifest = self.manifests.find(InodeNumber(parent_inode), name)
+        if manifest is not None:
+            await self.manifests.prepare(manifest)
+            return self._virtual_entry(manifest)
         return self._entry(self.namespace.lookup(InodeNumber(parent_inode), name))
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
@@ -405,7 +415,7 @@ class Operations(pyfuse3.Operations):
         if virtual.is_virtual(inode):
             if fields.update_size and inode == virtual.CONTROL:  # open(O_TRUNC)
                 return self._virtual_entry(InodeNumber(inode))
-            raise FileError(errno.EPERM)
+            raise FileError(errno.EROFS if is_manifest(inode) else errno.EPERM)
         values: dict[str, int] = {}
         node = self.namespace.get(InodeNumber(inode))
         if fields.update_mode:
@@ -590,17 +600,20 @@ class Operations(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         """OPEN."""
         if virtual.is_virtual(inode):
+            if is_manifest(inode) and flags & (_WRITES | os.O_TRUNC):
+                raise FileError(errno.EROFS)
             if flags & _WRITES and inode != virtual.CONTROL:
                 raise FileError(errno.EACCES)  # which the mode alone does not tell root
-            return self._open_virtual(InodeNumber(inode), ctx)
+            return await self._open_virtual(InodeNumber(inode), ctx)
         await self.passthrough.look(self.namespace.get(InodeNumber(inode)))
         return self._open(self.namespace.get(InodeNumber(inode)), flags, ctx.pid)
 
-    def _open_virtual(self, ino: InodeNumber, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+    async def _open_virtual(self, ino: InodeNumber, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        text = await self.manifests.open(ino) if is_manifest(ino) else None
         handle = HandleId(next(self._numbers))
         data = virtual.contents(ino, self.observer)
         self._note_open(handle, ino, False, OPENER.pack(ctx.uid, ctx.gid, ctx.pid, 0, 0) + data)
-        self._files[handle] = VirtualHandle(handle, ino, data, ctx.uid, ctx.gid, ctx.pid)
+        self._files[handle] = VirtualHandle(handle, ino, data, ctx.uid, ctx.gid, ctx.pid, manifest=text)
         return pyfuse3.FileInfo(fh=handle, direct_io=True)
 
     @answered
@@ -657,6 +670,8 @@ class Operations(pyfuse3.Operations):
             del file.inode.opens[file.id]
             self.passthrough.release(file.id)
             self.namespace.let_go(file.inode)
+        elif file.manifest is not None:
+            self.manifests.close(file.ino)
         elif file.job is not None:
             file.job.cancel()
 

@@ -23,19 +23,20 @@ from ramfs.namespace import Inode
 from ramfs.units import InodeNumber
 
 DIRECTORY_NAME: Final = b".ramfs"
-_BIT: Final = 1 << 61
-DIRECTORY: Final = InodeNumber(_BIT | 1)
-_STATUS: Final = InodeNumber(_BIT | 2)
-_METRICS: Final = InodeNumber(_BIT | 3)
-CONTROL: Final = InodeNumber(_BIT | 4)
+#: Set in the number of each inode that is not stored: also of manifests (manifests.py).
+VIRTUAL: Final = 1 << 61
+DIRECTORY: Final = InodeNumber(VIRTUAL | 1)
+_STATUS: Final = InodeNumber(VIRTUAL | 2)
+_METRICS: Final = InodeNumber(VIRTUAL | 3)
+CONTROL: Final = InodeNumber(VIRTUAL | 4)
 _FILES: Final = {b"status.json": _STATUS, b"metrics": _METRICS, b"control": CONTROL}
 #: The longest command that ``control`` takes, bytes.
 MAX_COMMAND: Final = 64 << 10
 
 
 def is_virtual(ino: int) -> bool:
-    """Is it an inode of ``.ramfs``?"""
-    return bool(ino & _BIT)
+    """Is it an inode that is not stored: of ``.ramfs``, or a manifest?"""
+    return bool(ino & VIRTUAL)
 
 
 def names() -> list[tuple[bytes, InodeNumber]]:

@@ -73,9 +73,9 @@ class Layout:
     size: int
     """bytes in all"""
 
-    def seal(self, checksum: bytes) -> None:
-        """Put the checksum in: xxh3_128 of the whole as it was until now."""
-        self.head[_CHECKSUM : _CHECKSUM + DIGEST] = checksum
+    def sealed_head(self, checksum: bytes) -> bytes:
+        """The head with the checksum: xxh3_128 of the whole as it is without."""
+        return bytes(self.head[:_CHECKSUM] + checksum + self.head[_CHECKSUM + DIGEST :])
 
 
 def lay_out(files: Iterable[tuple[bytes, int, int]]) -> Layout:

@@ -739,7 +739,7 @@ class Check:
                     continue
                 stem, _, suffix = name.partition(".")
                 ours = len(stem) == 8 and set(stem) <= set("0123456789abcdef")
-                ours &= suffix.removesuffix(".new") in {"ram", "xxh3", "map", "durable"}
+                ours &= suffix.removesuffix(".new") in {"ram", "xxh3", "map", "durable", "manifest"}
                 where = f"{part}/{name}"
                 if not ours:
                     self.note("file-foreign", where)

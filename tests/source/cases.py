@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 from collections.abc import AsyncIterator, Callable
@@ -11,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import trio
 import xxhash
 from nbd.servers import nbdkit
 
 from ramfs.image.digest import DIGEST, ZERO_DIGEST, digest_padded
-from ramfs.source.base import PageSource, SourceDirectory
+from ramfs.source.base import Extent, PageSource, SourceDirectory
 from ramfs.source.fault import FaultDirectory, Faults
 from ramfs.source.file import FileDirectory
 from ramfs.source.manifest import File, lay_out
@@ -29,6 +31,7 @@ MB = 1 << 20
 SIZE = 3 * MB + 5000
 
 
+@functools.cache
 def sample() -> bytes:
     """Random data with holes at the start, in the middle and inside of pages."""
     data = bytearray(random.Random(4).randbytes(SIZE))
@@ -67,9 +70,56 @@ def manifest_of(files: dict[str, bytes]) -> bytearray:
         digests = file_of(data).digests.tobytes()
         offset = layout.places[number].offset
         whole[offset : offset + len(digests)] = digests
-    layout.seal(xxhash.xxh3_128_digest(whole))
-    whole[: len(layout.head)] = layout.head
+    whole[: len(layout.head)] = layout.sealed_head(xxhash.xxh3_128_digest(whole))
     return whole
+
+
+class MemorySource:
+    """A source that has its bytes in memory, and tells how many of them were asked for."""
+
+    description = "memory"
+    alignment = 1
+
+    def __init__(self, data: bytes, *, size: int | None = None, maximum: int = 1 << 20, alignment: int = 1) -> None:
+        self.data = data
+        self.size = len(data) if size is None else size
+        self.maximum = maximum
+        self.alignment = alignment
+        self.asked = 0
+
+    async def read_into(self, offset: int, buffer: memoryview, *, urgent: bool = False) -> None:
+        assert offset % self.alignment == 0
+        assert len(buffer) <= self.maximum
+        assert len(buffer) % self.alignment == 0 or offset + len(buffer) == self.size
+        self.asked += len(buffer)
+        part = self.data[offset : offset + len(buffer)]
+        buffer[: len(part)] = part
+        buffer[len(part) :] = bytes(len(buffer) - len(part))
+        await trio.lowlevel.checkpoint()
+
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        await trio.lowlevel.checkpoint()
+        return [Extent(offset, length, False)]
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+
+class MemoryDirectory:
+    """The sample in memory, under any name: without threads, so that a test can have a clock of its own."""
+
+    description = "memory"
+
+    async def names(self) -> list[str]:
+        await trio.lowlevel.checkpoint()
+        return ["ram"]
+
+    async def open(self, name: str) -> PageSource:
+        await trio.lowlevel.checkpoint()
+        return MemorySource(sample())
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
 
 
 @dataclass(frozen=True)
