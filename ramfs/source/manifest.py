@@ -170,7 +170,7 @@ def _take_apart(memory: mmap.mmap, count: int, size: int, first: int, where: str
             raise SourceBroken(f"{where}: a manifest whose table is too short")
         bytes_, offset, length, zero = _RECORD.unpack_from(memory, at)
         at += _RECORD.size
-        if zero or not 0 < length <= MAX_PATH or at + _padded(length) > first or bytes_ > MAX_FILE_SIZE:
+        if zero or not 0 < length <= MAX_PATH or bytes_ > MAX_FILE_SIZE:
             raise SourceBroken(f"{where}: a manifest with an impossible file")
         path = memory[at : at + length]
         is_new = _order(path) > _order(before) and not (before and path.startswith(before + b"/"))

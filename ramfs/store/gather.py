@@ -85,10 +85,6 @@ class Gathering:
         first, stop = first + place.shift, stop + place.shift
         data = read_exactly(self._file(place.digests), (stop - first) * DIGEST, first * DIGEST)
         found = np.frombuffer(data.ljust((stop - first) * DIGEST, b"\0"), np.uint64).reshape(-1, 2).copy()
-        end, ragged = divmod(os.fstat(self._file(place.pages)).st_size, PAGE)
-        if ragged and first <= end < stop:  # its digest is that of the bytes that are there
-            page = read_exactly(self._file(place.pages), ragged, end << PAGE_SHIFT)
-            found[end - first] = np.frombuffer(digest_padded(page), np.uint64)
         return _as_known(found)
 
     def _of_last(self, number: LayerId, page: int, length: int) -> _Pairs:

@@ -15,6 +15,7 @@ from source.cases import MemorySource, file_of, manifest_of
 from source.test_conformance import on_trio
 
 from ramfs.errors import SourceBroken, SourceLost
+from ramfs.source import manifest
 from ramfs.source.fault import FaultDirectory, Faults
 from ramfs.source.file import FileDirectory
 from ramfs.source.manifest import MAX_SIZE, Manifest, fetch_manifest, lay_out, read_manifest
@@ -148,6 +149,29 @@ def test_servers_that_round_sizes_up() -> None:
     for size in (len(whole) - 1, len(whole) + 4096):
         with pytest.raises(SourceBroken):
             load(whole.ljust(size, b"\0")[:size])
+
+
+def test_what_is_too_large_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = bytes(manifest_of({"ram": b"x" * PAGE * 1000}))
+    assert load(whole) is not None
+    monkeypatch.setattr(manifest, "MAX_SIZE", len(whole) - 1)
+    with pytest.raises(SourceBroken):
+        load(whole)
+
+
+def test_records_that_are_not_there_and_bytes_that_should_not_be() -> None:
+    whole = manifest_of({"a": b"", "b": b""})
+    whole[12] = 3
+    with pytest.raises(SourceBroken, match="too short"):
+        load(checked(whole))
+    whole[12] = 1
+    with pytest.raises(SourceBroken, match="between"):
+        load(checked(whole))
+    whole[12] = 2
+    assert load(checked(whole)) is not None
+    whole[HEADER + 24 + 5] = 1  # behind the name "a"
+    with pytest.raises(SourceBroken):
+        load(checked(whole))
 
 
 def test_another_version_is_told() -> None:

@@ -183,6 +183,19 @@ async def test_after_the_deadline_it_is_given_up() -> None:
 
 
 @in_virtual_time
+async def test_each_loss_has_the_whole_deadline() -> None:
+    factory, faults = openings("seed=1")
+    source = await RetrySource.open(factory, deadline=60)
+    for _ in range(4):
+        faults.down = range(faults.openings["ram"] + 1, faults.openings["ram"] + 8)
+        await source._source.aclose()
+        began = trio.current_time()
+        assert await read(source, 2 * MB, PAGE) == DATA[2 * MB : 2 * MB + PAGE]
+        assert 10 < trio.current_time() - began < 59
+    await source.aclose()
+
+
+@in_virtual_time
 async def test_the_deadline_counts_from_the_last_success_not_the_last_connection() -> None:
     source = await RetrySource.open(openings("lost=1")[0], deadline=20)
     began = trio.current_time()

@@ -70,6 +70,30 @@ def test_random_histories(tmp_path: Path, seed: int) -> None:
                 kit.forget()
 
 
+def test_the_last_page_and_stored_zeros(tmp_path: Path) -> None:
+    with Kit(tmp_path / "store") as kit:
+        kit.mkdir("d")
+        kit.write("d/a", 0, bytes(range(1, 256)) * 20 * 5)
+        kit.write("d/a", PAGE, b"x" * PAGE)
+        kit.write("d/a", PAGE + 100, bytes(PAGE - 100))
+        kit.write("d/a", PAGE, bytes(100))  # ends as a page that is stored, and zero
+        image = kit.image("d/a")
+        # Ends in the same ragged page, which lies elsewhere.
+        kit.pager.share(image, PAGE, kit.create("d/b"), 0, image.size - PAGE)
+        kit.snapshot("s", "d")
+        frozen = kit.image("d/.snap/s/a")
+        assert frozen.size % PAGE
+        for path in ("d/.snap/s/a", "d/.snap/s/b"):
+            expected = file_of(kit.read(path)).digests
+            # What a write left that a crash cut short: bytes behind the end of the file.
+            layer = kit.layer_file(kit.pager.layers[kit.layer_of("d/.snap/s/a")].base)
+            with layer.open("r+b") as file:
+                file.seek(frozen.size)
+                file.write(b"behind the end")
+            assert (gathered(kit, path) == expected).all()
+        assert not gathered(kit, "d/.snap/s/a")[1].any()
+
+
 def test_what_is_not_there_any_more(tmp_path: Path) -> None:
     with Kit(tmp_path / "store") as kit:
         kit.mkdir("d")
