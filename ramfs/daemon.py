@@ -16,6 +16,8 @@ from typing import Final
 import trio
 
 import ramfs
+from ramfs.arrival.fetch import Arrivals
+from ramfs.arrival.pulls import Pulls
 from ramfs.errors import RamfsError
 from ramfs.fuse import tuning
 from ramfs.fuse.flush import Flusher
@@ -27,6 +29,7 @@ from ramfs.inspect.report import Observer, Supervision
 from ramfs.ledger import Held, Ledger
 from ramfs.namespace import Namespace
 from ramfs.pager import Pager
+from ramfs.source.opening import Opener
 from ramfs.store.store import Store
 from ramfs.supervisor.link import YIELDED, Go, Link
 from ramfs.supervisor.unmounting import unmount_command
@@ -89,6 +92,8 @@ class Daemon:
             ledger = Ledger(kept.get("ledger"))
             held = Held.of(ledger.records())
             self.pager = Pager(store)
+            self.pulls = Pulls(self.pager, Arrivals(self.pager), Opener(self._device))
+            self.pulls.restore()
             self.namespace = Namespace(self.pager, ledger, held)
             passthrough = Passthrough(self.pager, _not_native(request))
             supervision = Supervision(self.go.supervisor, self.go.starts, self.go.crashes, self.go.why)
@@ -99,6 +104,7 @@ class Daemon:
                 request.mountpoint,
                 Session.connection,
                 passthrough,
+                self.pulls,
                 time.monotonic(),
                 supervision,
             )
@@ -109,6 +115,7 @@ class Daemon:
                 self.observer,
                 self.flusher,
                 passthrough,
+                self.pulls,
                 template_rdwr=request.template_rdwr,
                 held=held,
             )
@@ -132,6 +139,10 @@ class Daemon:
         store.close()
         log.info("unmounted %s", request.mountpoint)
 
+    def _device(self) -> int | None:
+        """The st_dev of the mount, once that is known."""
+        return None if self.flusher.device < 0 else self.flusher.device
+
     def _unmount(self, session: Session) -> None:
         """End the connection, here and at the supervisor; unmount, if that has not happened yet."""
         mounted = session.disconnect()
@@ -144,6 +155,7 @@ class Daemon:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_signals)
             nursery.start_soon(self._take_orders)
+            nursery.start_soon(self.pulls.run)
             nursery.start_soon(self._start, nursery)
             with self._serving:
                 await Session.serve()
@@ -254,6 +266,7 @@ class Daemon:
                 if self.pager.has_garbage():
                     await self.pager.collect()
                     self.observer.counters.garbage_passes += 1
+                    self.pulls.tidy()
                 self.pager.store.reserve.keep()
             except Exception as exc:  # noqa: BLE001  (guests live on the daemon: nothing in the background ends it)
                 _tell("housekeeping of the store failed, will try again", exc)

@@ -12,7 +12,7 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -20,9 +20,9 @@ from ramfs.errors import BadName, FileError, NameTooLong
 from ramfs.ledger import Held, Kind, Ledger, Record
 from ramfs.pager import Pager
 from ramfs.ramblock import block_file_name, find_block_file, temporary_name
-from ramfs.store.images import Image
+from ramfs.store.images import Image, unpack_layers
 from ramfs.store.outcomes import REQUEST
-from ramfs.units import MAX_NAME, ROOT, SNAP_BIT, HandleId, ImageId, InodeNumber
+from ramfs.units import MAX_NAME, ROOT, SNAP_BIT, HandleId, ImageId, InodeNumber, LayerId
 
 SNAP: Final = b".snap"
 #: Names that FUSE or the contract keep for themselves, in every directory.
@@ -420,6 +420,40 @@ class Namespace:
         self.inodes[inode.ino] = inode
         return inode
 
+    def plant(
+        self, parent: InodeNumber, name: bytes, caller: Caller, paths: Iterable[bytes]
+    ) -> tuple[InodeNumber, dict[bytes, Image]]:
+        """A new directory with empty files at ``paths`` below it, for the caller alone. In a transaction.
+
+        Returns its number, and the images of the files, each in use once. Raises as mkdir does, EACCES too.
+        """
+        directory = self.writable_dir(parent)
+        self._free_name(parent, name)
+        if not may(directory, caller, 3):
+            raise FileError(errno.EACCES)
+        top = self._insert(stat.S_IFDIR | 0o700, caller.uid, caller.gid, nlink=0, parent=parent)
+        directories = {b"": top.ino}
+        images: dict[bytes, Image] = {}
+        for path in paths:
+            above, _, last = path.rpartition(b"/")
+            self._plant_directories(above, directories, caller)
+            image = images[path] = self.images.create()
+            inode = self._insert(stat.S_IFREG | 0o600, caller.uid, caller.gid, nlink=1, image=image)
+            self._add_name(directories[above], last, inode.ino)
+        for ino in directories.values():
+            self._set_links(ino)
+        self._add_name(parent, name, top.ino)
+        self._touch(directory, links=1)
+        return top.ino, images
+
+    def _plant_directories(self, path: bytes, known: dict[bytes, InodeNumber], caller: Caller) -> None:
+        if path not in known:
+            above, _, last = path.rpartition(b"/")
+            self._plant_directories(above, known, caller)
+            inode = self._insert(stat.S_IFDIR | 0o700, caller.uid, caller.gid, nlink=0, parent=known[above])
+            self._add_name(known[above], last, inode.ino)
+            known[path] = inode.ino
+
     def make_unnamed(self, parent: InodeNumber, mode: int, caller: Caller) -> Inode:
         """A new regular file that goes with its last user, unless :meth:`link` gives it a name (O_TMPFILE)."""
         directory = self.writable_dir(parent)
@@ -739,6 +773,23 @@ class Namespace:
                     yield path + row["name"], ImageId(row["image"]), row["mode"]
                 elif stat.S_ISDIR(row["mode"]):
                     todo.append((row["ino"], path + row["name"] + b"/"))
+
+    def layers_below(self, root: Inode) -> set[LayerId]:
+        """The layers that the regular files at or below an inode may name."""
+        todo, seen, found = [root.ino], set[InodeNumber](), set[LayerId]()
+        while todo:
+            ino = todo.pop()
+            row = self.catalog.row(
+                "SELECT mode, layers FROM inodes LEFT JOIN images ON images.id = inodes.image WHERE ino = ?", ino
+            )
+            if row is None or ino in seen:
+                continue
+            seen.add(ino)
+            if row["layers"] is not None:
+                found |= unpack_layers(row["layers"])
+            elif stat.S_ISDIR(row["mode"]):
+                todo += [child for _, _, child in self.names(ino)]
+        return found
 
     def path_of(self, ino: InodeNumber) -> bytes:
         """The path of a directory, or one of a file, from the root of the tree, without a leading slash.

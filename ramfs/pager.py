@@ -10,21 +10,23 @@ the old entry or the new one, never an entry without its page.
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Final
 
 import numpy as np
 import trio
 
-from ramfs.errors import FileError
+from ramfs.errors import FileError, StoreDamaged
 from ramfs.image.pages import Buffer, is_zero, nonzero_pages, span
-from ramfs.image.table import Entries, equal_runs, runs_of
+from ramfs.image.table import Entries, Mask, equal_runs, runs_of
 from ramfs.store import behind
+from ramfs.store.catalog import FORMAT_VERSION
 from ramfs.store.flat import Flatten, reads_alike, sole_layer
 from ramfs.store.garbage import Pass
 from ramfs.store.gather import LayerPlace
-from ramfs.store.images import Image, unpack_layers
+from ramfs.store.images import Image, SyncJob, unpack_layers
 from ramfs.store.layers import Layer, Places
+from ramfs.store.presence import ZEROS, Presence
 from ramfs.store.store import Store
 from ramfs.units import MAX_FILE_SIZE, PAGE, PAGE_SHIFT, ZERO, ImageId, LayerId, pages
 
@@ -32,6 +34,22 @@ from ramfs.units import MAX_FILE_SIZE, PAGE, PAGE_SHIFT, ZERO, ImageId, LayerId,
 COPY_AT_ONCE: Final = 8 << 20
 #: Pages that become a hole in one go: 64 MiB, for which a tmpfs needs 15 ms.
 _ZERO_AT_ONCE: Final = 1 << 14
+#: Table entries that are looked at, or set, in one go: about a millisecond.
+_NAMED_AT_ONCE: Final = 1 << 18
+
+
+class Absent(Exception):
+    """Pages ``[first, stop)`` of an arriving layer's file are needed, and not here.
+
+    Whoever asked has them brought (arrival/) and asks again, from the start.
+    """
+
+    def __init__(self, layer: LayerId, first: int, stop: int) -> None:
+        super().__init__(f"pages {first} to {stop} of layer {layer} are not here yet")
+        self.layer = layer
+        self.first = first
+        self.stop = stop
+
 
 #: Table entries of the pages that a range touches, the range's first and last byte, and where layers are mapped.
 Plan = tuple[Entries, int, int, Places]
@@ -75,7 +93,7 @@ class Pager:
             if number == ZERO:
                 parts.append(bytes(count))
             else:
-                layer = self.layers[number]
+                layer = self._here(number, first + a, first + b)
                 parts.append(self.layers.file(layer).read(low + (layer.shift << PAGE_SHIFT), count))
         return b"".join(parts)
 
@@ -87,6 +105,7 @@ class Pager:
         if length == 0:
             return 0
         self._check_writable(image, offset + length)
+        self._check_ragged(image, offset, offset + length)
         image.table.resize(pages(offset + length))
         if offset > image.size:
             self._clear_tail(image)
@@ -98,6 +117,15 @@ class Pager:
         image.size = max(image.size, offset + length)
         image.touch()
         return length
+
+    def _check_ragged(self, image: Image, start: int, stop: int) -> None:
+        """Before bytes ``[start, stop)`` change: the rest of their first and last page must be here. Raises Absent."""
+        if self.layers.arriving.isdisjoint(image.layers):
+            return
+        for at in {start, stop, min(stop, image.size)}:
+            page = at >> PAGE_SHIFT
+            if at & (PAGE - 1) and page < image.pages and (entry := int(image.table.entries[page])) != ZERO:
+                self._here(LayerId(entry), page, page + 1)
 
     def _take_back(self, image: Image) -> None:
         """Something that would have made the file grow has failed: let nothing of it stay behind the end."""
@@ -139,8 +167,31 @@ class Pager:
     def _page(self, page: int, entry: LayerId) -> bytes:
         if entry == ZERO:
             return bytes(PAGE)
-        layer = self.layers[entry]
+        layer = self._here(entry, page, page + 1)
         return self.layers.file(layer).read((page + layer.shift) << PAGE_SHIFT, PAGE)
+
+    def _here(self, number: LayerId, first: int, stop: int) -> Layer:
+        """The layer that pages ``[first, stop)`` of an image are in. Raises Absent."""
+        layer = self.layers[number]
+        if layer.presence is not None and not layer.presence.here(first + layer.shift, stop + layer.shift):
+            raise Absent(layer.base, first + layer.shift, stop + layer.shift)
+        return layer
+
+    def _check_here(self, image: Image, offset: int, length: int) -> None:
+        for absent in self.absent(image, offset, length):
+            raise absent
+
+    def absent(self, image: Image, offset: int, length: int) -> list[Absent]:
+        """What of the bytes ``[offset, offset + length)`` is not here."""
+        first, stop = offset >> PAGE_SHIFT, pages(min(offset + length, image.size))
+        found: list[Absent] = []
+        for a, b, number in equal_runs(image.table.entries[first:stop]) if first < stop else ():
+            if number != ZERO:
+                try:
+                    self._here(number, first + a, first + b)
+                except Absent as absent:
+                    found.append(absent)
+        return found
 
     def _write_pages(self, image: Image, first: int, stop: int, data: Buffer) -> None:
         """Write whole pages: zero pages are named zero, the others go to the live layer."""
@@ -265,6 +316,7 @@ class Pager:
         if offset < image.size:
             # What lies behind the end in its last page is never shown: the page goes as a whole.
             whole = image.pages << PAGE_SHIFT if end >= image.size else end
+            self._check_ragged(image, offset, whole)
             head, first, stop, tail = span(offset, whole - offset)
             for start, until in (head, tail):
                 if start < until:
@@ -305,12 +357,34 @@ class Pager:
         Also how far the table was looked at: whoever changes something from there on does not change the
         answer. Raises ENXIO at the end of the file.
         """
-        size, table = image.size, image.table
+        size = image.size
         if not 0 <= offset < size:
             raise FileError(errno.ENXIO)
-        at = table.find(offset >> PAGE_SHIFT, image.pages, stored=whence == os.SEEK_DATA)
-        end = at + 1 if whence == os.SEEK_DATA else table.find(at, image.pages, stored=True)
+        at = self._find(image, offset >> PAGE_SHIFT, stored=whence == os.SEEK_DATA)
+        end = at + 1 if whence == os.SEEK_DATA else self._find(image, at, stored=True)
         return min(max(at << PAGE_SHIFT, offset), size), min(end << PAGE_SHIFT, size)
+
+    def _find(self, image: Image, first: int, *, stored: bool) -> int:
+        """The first page from ``first`` on that is stored, or that is not; else the number of pages.
+
+        Absent pages count as stored, unless they are known to be zeros.
+        """
+        table, stop = image.table, image.pages
+        if self.layers.arriving.isdisjoint(image.layers):
+            return table.find(first, stop, stored=stored)
+        for low in range(first, stop, _NAMED_AT_ONCE):
+            entries = table.entries[low : min(low + _NAMED_AT_ONCE, stop)]
+            there = entries != ZERO
+            for number in image.layers:
+                layer = self.layers[number]
+                if layer.presence is not None:
+                    states = layer.presence.states[max(low + layer.shift, 0) : low + layer.shift + len(entries)]
+                    part = slice(max(-low - layer.shift, 0), max(-low - layer.shift, 0) + len(states))
+                    there[part] &= (entries[part] != number) | (states != ZEROS)
+            found = np.flatnonzero(there == stored)
+            if len(found):
+                return low + int(found[0])
+        return stop
 
     # -- sharing
 
@@ -333,6 +407,10 @@ class Pager:
         head, first, stop, tail = span(target_offset, length)
         if tail[0] < tail[1] and end >= target.size and source_offset + length == source.size:
             stop, tail = stop + 1, (end, end)  # the last page of both: beyond their ends it is zeros
+        self._check_ragged(target, target_offset, end)
+        for start, until in (head, tail):
+            if start < until:
+                self._check_here(source, start - target_offset + source_offset, until - start)
         for start, until in (head, tail):
             if start < until:
                 self._copy(source, start - target_offset + source_offset, target, start, until - start)
@@ -398,6 +476,72 @@ class Pager:
         """A frozen image of the same contents. Call in a transaction."""
         return self.images.copy(image, frozen=True)
 
+    # -- arriving layers
+
+    def begin_arrival(self, image: Image, size: int, wanted: Mask | None) -> Layer:
+        """Let an image, empty until now, have ``size`` bytes that are still elsewhere. Call in a transaction.
+
+        Pages that are not ``wanted`` are zeros, None: all are.
+        """
+        layer = self.layers.create_arriving(size)
+        self.images.name_layers(image, {layer.id})
+        image.table.resize(pages(size))
+        every = [(0, pages(size))]
+        for first, stop in every if wanted is None else runs_of(wanted):
+            for low in range(first, stop, _NAMED_AT_ONCE):
+                self._name(image, low, min(low + _NAMED_AT_ONCE, stop), np.uint32(layer.id))
+        image.size = size
+        image.touch()
+        return layer
+
+    async def complete(self, layer: Layer) -> None:
+        """All that tables name of an arriving layer is here: from now on it is a sealed one like any other.
+
+        First no table names any more what was found to be zeros: it has no page for that. Raises OSError.
+        """
+        presence, images, catalog = layer.presence, self.images, self.store.catalog
+        assert presence is not None
+        if not catalog.number("SELECT count(*) FROM arriving WHERE layer = ?", layer.id):
+            return
+        done: set[ImageId] = set()
+        while True:
+            names = {each.id: each.shift for each in self.layers.by_id.values() if each.base == layer.id}
+            waiting = set(images.naming(names)) - done
+            if not waiting:
+                break
+            for number in waiting:
+                await self._unname_zeros(number, names, presence)
+            done |= waiting
+            async with self._sync_lock:
+                await self._run(images.sync_job([], [layer.id]))
+        with catalog.transaction():
+            self.layers.complete(layer)
+            if not catalog.number("SELECT count(*) FROM arriving"):
+                catalog.set_meta("version", FORMAT_VERSION)
+        images.replaced.add(layer.id)  # what came for nothing, since it was overwritten meanwhile
+        await trio.to_thread.run_sync(catalog.sync)
+        self.layers.forget_presence(layer.id, presence)
+
+    async def _unname_zeros(self, number: ImageId, names: Mapping[LayerId, int], presence: Presence) -> None:
+        try:
+            image = self.images.acquire(number)
+        except StoreDamaged:  # deleted meanwhile; or fsck's to tell
+            return
+        try:
+            for first, stop in image.table.regions(stop=image.pages):
+                for low in range(first, stop, _NAMED_AT_ONCE):
+                    entries = image.table.entries[low : min(low + _NAMED_AT_ONCE, stop)]
+                    for name, shift in names.items():
+                        states = presence.states[low + shift : low + shift + len(entries)]
+                        zeros = (entries[: len(states)] == name) & (states == ZEROS)
+                        for a, b in runs_of(zeros):
+                            image.synced_name = image.synced_name and not image.frozen  # it is synced in place
+                            self._name(image, low + a, low + b, np.uint32(0))
+                    await trio.lowlevel.checkpoint()
+            await self.sync([image])
+        finally:
+            self.images.release(image)
+
     # -- flat images
 
     async def is_flat(self, image: Image) -> bool:
@@ -443,15 +587,18 @@ class Pager:
         async with self._sync_lock:
             if images is None:
                 self.store.reserve.make_room()
-            job = self.store.sync_all() if images is None else self.images.sync_job(images)
-            try:
-                await trio.to_thread.run_sync(job.run)
-            except BaseException:
-                job.failed()
-                raise
-            finally:
-                job.close()
+            await self._run(self.store.sync_all() if images is None else self.images.sync_job(images))
             self.images.trim()
+
+    @staticmethod
+    async def _run(job: SyncJob) -> None:
+        try:
+            await trio.to_thread.run_sync(job.run)
+        except BaseException:
+            job.failed()
+            raise
+        finally:
+            job.close()
 
     async def settle(self) -> None:
         """After taking over from another daemon: sync what that one may not have synced, remove what it left lying.
@@ -506,7 +653,8 @@ class Pager:
 
     def undigested(self) -> list[Layer]:
         """Sealed layers whose digests are still to be made."""
-        return [layer for layer in self.layers.by_id.values() if layer.sealed and not layer.digested]
+        layers = self.layers.by_id.values()
+        return [layer for layer in layers if layer.sealed and not layer.digested and layer.presence is None]
 
     async def digest(self, layer: Layer) -> None:
         """Make the digests of a sealed layer, unless they are there."""

@@ -35,10 +35,11 @@
 #include "_mirror.h"
 
 enum { PAGE = 4096 };
-enum { ON_READ, ON_MAP, ON_WRITE, ON_COPY, ON_IOCTL, ON_RAW, ON_FALLOCATE, ON_LSEEK, HANDLERS };
-static const char *const handler_names[HANDLERS] = {"read",  "map_layer", "write",     "copy_file_range",
+enum { ON_READ, ON_MAP, ON_ABSENT, ON_WRITE, ON_COPY, ON_IOCTL, ON_RAW, ON_FALLOCATE, ON_LSEEK, HANDLERS };
+static const char *const handler_names[HANDLERS] = {"read",  "map_layer", "absent",    "write", "copy_file_range",
                                                     "ioctl", "raw",       "fallocate", "lseek"};
 /* Of Linux 6.9, which older headers lack: */
+enum { POPULATE_READ = 22 }; /* of Linux 5.14 */
 enum { INIT_EXT = 1 << 30, PASSTHROUGH = 1 << 5 /* of flags2 */, STACK_DEPTH = 0 /* of unused */ };
 static PyObject *handlers[HANDLERS];
 
@@ -101,6 +102,7 @@ struct place {
     uint64_t limit; /* pages from 0 on that the mapping reaches */
     uint64_t marks; /* the address of a struct marks, 0 if nobody asks */
     int64_t shift;  /* page i is page i + shift of the file */
+    uint64_t here;  /* the address of a byte for each page of the file, 0 while it is absent; 0 if all are here */
 };
 
 /* What a READ handler returns for a file: where its pages are. */
@@ -143,7 +145,19 @@ static void mark(const struct plan *plan, uint32_t layer, uint64_t page, uint64_
     marks->set += run;
 }
 
-/* The pieces of memory that hold the range of a plan; returns their number, or -errno. */
+/* Have pages of a layer that is mapped arrived? (Of one that was mapped for this very request, into a larger table of
+ * places, nothing is known here: then it is asked for anew.) */
+static int is_here(const struct plan *plan, uint32_t layer, uint64_t page, uint64_t run)
+{
+    const struct place *place = (const struct place *)plan->places.buf + layer;
+    if (layer >= plan->places.len / sizeof *place)
+        return 0;
+    return !place->here || !memchr((const char *)(uintptr_t)place->here + page + (uint64_t)place->shift, 0, run);
+}
+
+enum { NOT_HERE = -4096 }; /* beyond every -errno */
+
+/* The pieces of memory that hold the range of a plan; returns their number, -errno, or NOT_HERE. */
 static int gather(const struct plan *plan, struct iovec *iov)
 {
     const uint32_t *entries = plan->entries.buf;
@@ -165,6 +179,8 @@ static int gather(const struct plan *plan, struct iovec *iov)
             at = address_of(plan, entries[i], first + i + run - 1, &error);
             if (at == NULL)
                 return -error;
+            if (!is_here(plan, entries[i], first + i, run))
+                return NOT_HERE;
             at += start - (high - PAGE);
             mark(plan, entries[i], first + i, run);
         }
@@ -175,11 +191,24 @@ static int gather(const struct plan *plan, struct iovec *iov)
     return count;
 }
 
-static void on_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset, struct fuse_file_info *fi)
+/* Have the pages of a reply in this process's page table. The kernel takes them from there even when the process was
+ * just killed; what it must look for then makes it fail the request with EIO, which a guest would die of. */
+static void populate(const struct iovec *iov, int count)
 {
-    PyObject *answer = PyObject_CallFunction(handlers[ON_READ], "KLn", (unsigned long long)fi->fh, (long long)offset,
-                                             (Py_ssize_t)size);
-    int error = error_of(answer);
+    for (int i = 0; i < count; i++) {
+        uintptr_t start = (uintptr_t)iov[i].iov_base & -(uintptr_t)PAGE, end = (uintptr_t)iov[i].iov_base + iov[i].iov_len;
+        if (iov[i].iov_base < (void *)zeros || iov[i].iov_base >= (void *)(zeros + sizeof zeros))
+            madvise((void *)start, end - start, POPULATE_READ); /* before Linux 5.14 it does not know how */
+    }
+}
+
+/* The request that is being answered, until later() takes it away to be answered by reply(). */
+static struct { fuse_req_t req; int which; } at_hand;
+
+/* Answer a READ by -errno, bytes or a plan; or return NOT_HERE. */
+static int send_read(fuse_req_t req, PyObject *answer)
+{
+    int error = error_of(answer), count = 0;
     struct iovec iov[MOST_PAGES];
     struct plan plan;
     if (error)
@@ -190,22 +219,51 @@ static void on_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset, s
              !PyArg_ParseTuple(answer, "y*LLy*", &plan.entries, &plan.offset, &plan.end, &plan.places))
         fuse_reply_err(req, broken(ON_READ, answer));
     else {
-        int count = gather(&plan, iov);
+        count = gather(&plan, iov);
         /* A page that the disk cannot read makes writev fail with EFAULT, and the kernel ends the request with EIO. */
-        if (count < 0)
-            fuse_reply_err(req, -count);
-        else
+        if (count >= 0) {
+            populate(iov, count);
             fuse_reply_iov(req, iov, count);
+        }
+        else if (count != NOT_HERE)
+            fuse_reply_err(req, -count);
         PyBuffer_Release(&plan.entries);
         PyBuffer_Release(&plan.places);
+    }
+    return count == NOT_HERE ? NOT_HERE : 0;
+}
+
+static void on_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset, struct fuse_file_info *fi)
+{
+    PyObject *answer = PyObject_CallFunction(handlers[ON_READ], "KLn", (unsigned long long)fi->fh, (long long)offset,
+                                             (Py_ssize_t)size);
+    (void)ino;
+    if (send_read(req, answer) == NOT_HERE) {
+        Py_DECREF(answer);
+        at_hand.req = req;
+        at_hand.which = ON_READ;
+        answer = PyObject_CallFunction(handlers[ON_ABSENT], "KLn", (unsigned long long)fi->fh, (long long)offset,
+                                       (Py_ssize_t)size);
+        if (at_hand.req != NULL) {
+            int error = error_of(answer);
+            fuse_reply_err(req, error ? error : broken(ON_ABSENT, answer));
+        }
+        at_hand.req = NULL;
     }
     Py_XDECREF(answer);
 }
 
-/* Answer a request whose handler returns a number of bytes or -errno. */
+/* Answer a request whose handler returns a number of bytes or -errno, unless it took the request away. */
 static void reply_count(fuse_req_t req, int which, PyObject *answer)
 {
-    int error = error_of(answer);
+    int error = error_of(answer), taken = at_hand.req == NULL;
+    at_hand.req = NULL;
+    if (taken) {
+        if (answer != Py_None)
+            broken(which, answer);
+        Py_XDECREF(answer);
+        return;
+    }
     if (error == 0 && (answer == NULL || !PyLong_Check(answer)))
         error = broken(which, answer);
     if (error)
@@ -233,6 +291,8 @@ static void on_write_buf(fuse_req_t req, fuse_ino_t ino, struct fuse_bufvec *buf
     /* libfuse does not tell whether the writer may keep the set-user-ID bit; the request does. */
     int kill = current != NULL && ((const struct fuse_write_in *)(current + 1))->write_flags & FUSE_WRITE_KILL_SUIDGID;
     PyObject *view = PyMemoryView_FromMemory(data, (Py_ssize_t)size, PyBUF_READ), *answer = NULL;
+    at_hand.req = req;
+    at_hand.which = ON_WRITE;
     if (view != NULL)
         answer = PyObject_CallFunction(handlers[ON_WRITE], "KLOi", (unsigned long long)fi->fh, (long long)offset, view,
                                        kill);
@@ -246,6 +306,8 @@ static void on_copy_file_range(fuse_req_t req, fuse_ino_t from, off_t from_offse
 {
     (void)from;
     (void)to;
+    at_hand.req = req;
+    at_hand.which = ON_COPY;
     reply_count(req, ON_COPY,
                 PyObject_CallFunction(handlers[ON_COPY], "KLKLni", (unsigned long long)from_fi->fh,
                                       (long long)from_offset, (unsigned long long)to_fi->fh, (long long)to_offset,
@@ -270,18 +332,21 @@ static void on_ioctl(fuse_req_t req, fuse_ino_t ino, unsigned cmd, void *arg, st
     Py_XDECREF(answer);
 }
 
-/* Requests that may be answered later. The handler gets a token, a capsule of this name whose context is the
- * operation; it answers by an int, or returns None and gives token and answer to reply(). */
+/* Requests that may be answered later, by a token: a capsule of this name whose context is the operation. The handlers
+ * of some get it and return None; others ask for it when they need it (later). reply() takes it, and the answer. */
 static const char waiting[] = "request", done_with[] = "answered request";
 
 static void reply_to(PyObject *token, long long value)
 {
     fuse_req_t req = PyCapsule_GetPointer(token, waiting);
+    intptr_t which = (intptr_t)PyCapsule_GetContext(token);
     PyCapsule_SetName(token, done_with);
-    if (value < 0 || (intptr_t)PyCapsule_GetContext(token) != ON_LSEEK)
+    if (value < 0 || which == ON_FALLOCATE)
         fuse_reply_err(req, (int)-value);
-    else
+    else if (which == ON_LSEEK)
         fuse_reply_lseek(req, value);
+    else
+        fuse_reply_write(req, (size_t)value);
 }
 
 /* Nobody can answer it any more: the kernel must not wait for ever. */
@@ -552,17 +617,44 @@ static PyObject *py_mark_open(PyObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+/* Answer a request that was taken away. False, and it can still be answered, for a READ whose plan names what is absent. */
 static PyObject *py_reply(PyObject *self, PyObject *args)
 {
-    PyObject *token;
-    long long value;
+    PyObject *token, *answer;
+    fuse_req_t req;
     (void)self;
-    if (!PyArg_ParseTuple(args, "OL", &token, &value))
+    if (!PyArg_ParseTuple(args, "OO", &token, &answer))
         return NULL;
-    if (PyCapsule_GetPointer(token, waiting) == NULL)
+    if ((req = PyCapsule_GetPointer(token, waiting)) == NULL)
+        return NULL;
+    if ((intptr_t)PyCapsule_GetContext(token) == ON_READ) {
+        if (send_read(req, answer) == NOT_HERE)
+            Py_RETURN_FALSE;
+        PyCapsule_SetName(token, done_with);
+        Py_RETURN_TRUE;
+    }
+    long long value = PyLong_AsLongLong(answer);
+    if (value == -1 && PyErr_Occurred())
         return NULL;
     reply_to(token, value);
-    Py_RETURN_NONE;
+    Py_RETURN_TRUE;
+}
+
+/* Take away the request that is being answered: READ (in the handler "absent"), WRITE or COPY_FILE_RANGE. */
+static PyObject *py_later(PyObject *self, PyObject *none)
+{
+    (void)self;
+    (void)none;
+    if (at_hand.req == NULL) {
+        PyErr_SetString(PyExc_RuntimeError, "no request is at hand that can be answered later");
+        return NULL;
+    }
+    PyObject *token = PyCapsule_New(at_hand.req, waiting, forget_request);
+    if (token == NULL)
+        return NULL;
+    PyCapsule_SetContext(token, (void *)(intptr_t)at_hand.which);
+    at_hand.req = NULL;
+    return token;
 }
 
 static PyObject *py_unique(PyObject *self, PyObject *none)
@@ -574,15 +666,17 @@ static PyObject *py_unique(PyObject *self, PyObject *none)
 
 static PyObject *py_install(PyObject *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"read", "map_layer", "write", "copy_file_range", "ioctl", "raw", "fallocate", "lseek",
-                            "max_background", "max_readahead", "max_write", "spin_ns", "passthrough", NULL};
+    static char *names[] = {"read", "map_layer", "absent", "write", "copy_file_range", "ioctl", "raw", "fallocate",
+                            "lseek", "max_background", "max_readahead", "max_write", "spin_ns", "passthrough", NULL};
     PyObject *given[HANDLERS] = {NULL};
     (void)self;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$OOOOOO!OOIIIlp", names, &given[ON_READ], &given[ON_MAP],
-                                     &given[ON_WRITE], &given[ON_COPY], &given[ON_IOCTL], &PyDict_Type, &given[ON_RAW],
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$OOOOOOO!OOIIIlp", names, &given[ON_READ], &given[ON_MAP],
+                                     &given[ON_ABSENT], &given[ON_WRITE], &given[ON_COPY], &given[ON_IOCTL], &PyDict_Type, &given[ON_RAW],
                                      &given[ON_FALLOCATE], &given[ON_LSEEK],
                                      &max_background, &max_readahead, &max_write, &spin_ns, &want_passthrough))
         return NULL;
+    for (size_t i = 0; i < sizeof zeros; i += PAGE)
+        (void)*(volatile char *)(zeros + i); /* see populate() */
     for (int i = 0; i < HANDLERS; i++) {
         Py_INCREF(given[i]);
         Py_XSETREF(handlers[i], given[i]);
@@ -734,7 +828,9 @@ static PyMethodDef methods[] = {
      "Set the handlers and the limits that fuse_session_new and INIT will use."},
     {"mark_open", py_mark_open, METH_VARARGS,
      "The reply that gives the kernel handle fh next bears these FOPEN_ flags too, and a backing id (0: none)."},
-    {"reply", py_reply, METH_VARARGS, "Answer the request of a token, whose handler returned None, by its result or -errno."},
+    {"reply", py_reply, METH_VARARGS,
+     "Answer the request of a token by its result or -errno. False, and not yet answered, if pages of it are absent."},
+    {"later", py_later, METH_NOARGS, "A token for the READ, WRITE or COPY_FILE_RANGE under way; its handler returns None."},
     {"unique", py_unique, METH_NOARGS, "The number of the request under way: ask at a handler's start."},
     {"xattr_flags", py_xattr_flags, METH_NOARGS, "XATTR_CREATE or XATTR_REPLACE of a SETXATTR: ask at its handler's start."},
     {"init_request", py_init_request, METH_NOARGS, "The kernel's INIT request, empty before it came."},

@@ -2,13 +2,24 @@
 
 import errno
 from dataclasses import dataclass
+from typing import Protocol
 
 from ramfs.errors import FileError
-from ramfs.fuse.flattening import Flattening
 from ramfs.fuse.manifests import Text
 from ramfs.namespace import Inode
 from ramfs.store.images import Image
 from ramfs.units import HandleId, InodeNumber
+
+
+class Job(Protocol):
+    """What somebody asked for by writing to ``.ramfs/control``, and reads there how it goes."""
+
+    @property
+    def text(self) -> bytes:
+        """How far it is, as JSON."""
+
+    def cancel(self) -> None:
+        """Nobody is there any more to hear of it."""
 
 
 @dataclass(slots=True)
@@ -33,7 +44,7 @@ class VirtualHandle:
     uid: int
     gid: int
     pid: int
-    job: Flattening | None = None
+    job: Job | None = None
     manifest: Text | None = None
 
     @property

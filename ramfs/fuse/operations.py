@@ -1,7 +1,8 @@
 """Requests of the kernel, translated for the namespace and the pager.
 
 READ, WRITE, COPY_FILE_RANGE, FALLOCATE, LSEEK, IOCTL and STATX come straight from the extension (`_native.c`) and
-are answered without an await, FALLOCATE and LSEEK at times by a task; the others are pyfuse3's.
+are answered without an await, or by a task: some of FALLOCATE and LSEEK, and what needs absent pages. The others are
+pyfuse3's.
 docs/concurrency.md says which handlers await, and what may change meanwhile.
 """
 
@@ -15,10 +16,11 @@ import stat
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import trio
 
+from ramfs.arrival.pulls import Pulls
 from ramfs.errors import FileError, RamfsError
 from ramfs.fuse import fileattr, statx, virtual
 from ramfs.fuse.answers import answered, errno_of, request_of
@@ -28,11 +30,12 @@ from ramfs.fuse.flush import Flusher
 from ramfs.fuse.handles import FileHandle, VirtualHandle
 from ramfs.fuse.manifests import Manifests, is_manifest
 from ramfs.fuse.passthrough import FOPEN_PASSTHROUGH, Passthrough
+from ramfs.fuse.pulling import Pulling, Request, Steering
 from ramfs.inspect.counters import Counters
 from ramfs.inspect.report import Observer, page_counts_text
 from ramfs.ledger import OPENER, Held, Kind, Ledger, Record, inode_numbers
 from ramfs.namespace import CONTROL_XATTR, Caller, Inode, Namespace, Opener
-from ramfs.pager import Pager, Plan
+from ramfs.pager import Absent, Pager, Plan
 from ramfs.ramblock import temporary_name
 from ramfs.store.files import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
 from ramfs.store.images import Image
@@ -40,6 +43,8 @@ from ramfs.store.outcomes import REQUEST
 from ramfs.units import MAX_NAME, PAGE, ROOT, HandleId, InodeNumber, LayerId
 
 log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 _WRITES: Final = os.O_WRONLY | os.O_RDWR
 _PAGES_XATTR: Final = CONTROL_XATTR + b"pages"
@@ -67,8 +72,8 @@ class Operations(pyfuse3.Operations):
     enable_acl = False
 
     def __init__(
-        self, pager: Pager, namespace: Namespace, observer: Observer, flusher: Flusher, passthrough: Passthrough, *,
-        template_rdwr: bool = False, held: Held | None = None,
+        self, pager: Pager, namespace: Namespace, observer: Observer, flusher: Flusher, passthrough: Passthrough,
+        pulls: Pulls, *, template_rdwr: bool = False, held: Held | None = None,
     ) -> None:  # fmt: skip
         """``held`` is what the kernel holds already, when another daemon served the mount before."""
         super().__init__()
@@ -79,6 +84,8 @@ class Operations(pyfuse3.Operations):
         self.template_rdwr = template_rdwr
         self.passthrough = passthrough
         self.manifests = Manifests(pager, namespace)
+        self.pulls = pulls
+        self.arrivals = pulls.arrivals
         self.counters: Counters = observer.counters
         self.ledger: Ledger = namespace.ledger
         self.outcomes = pager.store.outcomes
@@ -181,6 +188,44 @@ class Operations(pyfuse3.Operations):
         except Exception as exc:
             return self._failed(exc, "read", handle, offset, size)
 
+    def absent_now(self, handle: int, offset: int, size: int) -> int | None:
+        """Of a READ that has met absent pages: it is answered later (None), or -errno."""
+        try:
+            trio.lowlevel.spawn_system_task(self._read_on, self._images[handle], offset, size, native.later())
+            return None
+        except Exception as exc:
+            return self._failed(exc, "read", handle, offset, size)
+
+    async def _read_on(self, image: Image, offset: int, size: int, token: object) -> None:
+        """Answer a READ when its pages are here."""
+        try:
+            while not native.reply(token, self.pager.plan(image, offset, size) or b""):
+                await self.arrivals.bring_all(self.pager.absent(image, offset, size))
+        except Exception as exc:
+            native.reply(token, self._failed(exc, "read", offset, size))
+
+    async def _having(self, work: Callable[[], _T]) -> _T:
+        """Do something without an await, for which absent pages may have to be brought."""
+        while True:
+            try:
+                return work()
+            except Absent as absent:
+                await self.arrivals.bring(absent)
+
+    def _later(self, absent: Absent, work: Callable[[], int], request: str, *details: int) -> None:
+        """Answer the request at hand by what ``work`` returns, when the pages that it needs are here."""
+        token = native.later()
+
+        async def go_on() -> None:
+            try:
+                await self.arrivals.bring(absent)
+                answer = await self._having(work)
+            except Exception as exc:
+                answer = self._failed(exc, request, *details)
+            native.reply(token, answer)
+
+        trio.lowlevel.spawn_system_task(go_on)
+
     def map_now(self, layer: int, page: int) -> int:
         """Of a READ, when it meets a layer that is not mapped: the address of a page of it, or -errno."""
         try:
@@ -188,8 +233,8 @@ class Operations(pyfuse3.Operations):
         except Exception as exc:
             return self._failed(exc, "read", layer, page)
 
-    def write_now(self, handle: int, offset: int, data: memoryview, drop_suid: int) -> int:
-        """WRITE: the number of bytes taken, or -errno."""
+    def write_now(self, handle: int, offset: int, data: memoryview, drop_suid: int) -> int | None:
+        """WRITE: the number of bytes taken, or -errno; None if it is answered later."""
         try:
             image = self._images.get(handle)
             if image is None:
@@ -201,24 +246,37 @@ class Operations(pyfuse3.Operations):
             if drop_suid:
                 self._drop_suid(handle)
             return self.pager.write(image, offset, data)
+        except Absent as absent:
+            kept = bytes(data)
+            target = self._images[handle]
+            self._later(absent, lambda: self.pager.write(target, offset, kept), "write", handle, offset, len(kept))
+            return None
         except Exception as exc:
             return self._failed(exc, "write", handle, offset, len(data))
 
     def copy_now(
         self, source: int, source_offset: int, target: int, target_offset: int, length: int, flags: int
-    ) -> int:
-        """COPY_FILE_RANGE: the number of bytes shared or copied, or -errno."""
+    ) -> int | None:
+        """COPY_FILE_RANGE: the number of bytes shared or copied, or -errno; None if it is answered later."""
+        details = (source, source_offset, target, target_offset, length)
         try:
             if flags:
                 return -errno.EINVAL
             if source not in self._images or target not in self._images:
                 return -errno.EINVAL
-            done = self.pager.share(self._images[source], source_offset, self._images[target], target_offset, length)
-            self.counters.shared_ranges += 1
-            self.counters.shared_bytes += done
-            return done
+            known = self._images[source], source_offset, self._images[target], target_offset, length
+            return self._share(*known)
+        except Absent as absent:
+            self._later(absent, lambda: self._share(*known), "copy_file_range", *details)
+            return None
         except Exception as exc:
-            return self._failed(exc, "copy_file_range", source, source_offset, target, target_offset, length)
+            return self._failed(exc, "copy_file_range", *details)
+
+    def _share(self, source: Image, source_offset: int, target: Image, target_offset: int, length: int) -> int:
+        done = self.pager.share(source, source_offset, target, target_offset, length)
+        self.counters.shared_ranges += 1
+        self.counters.shared_bytes += done
+        return done
 
     def ioctl_now(self, ino: int, command: int, given: bytes, room: int) -> bytes | int:
         """IOCTL: what it gives back, or -errno. The kernel asks about any file that can be opened."""
@@ -256,13 +314,38 @@ class Operations(pyfuse3.Operations):
                 return 0
             self.counters.punched_ranges += 1
             self.counters.punched_bytes += length
-            parts = self.pager.zero(image, offset, length, keep_size=keep_size)
-            if next(parts, 0) is None:  # there is more to do
+
+            def zero() -> Iterator[None]:
+                return self.pager.zero(image, offset, length, keep_size=keep_size)
+
+            parts = zero()
+            try:
+                if next(parts, 0) is not None:
+                    return 0
+            except Absent as absent:
+                trio.lowlevel.spawn_system_task(self._zero_later, absent, zero, token)
+            else:  # there is more to do
                 trio.lowlevel.spawn_system_task(self._zero_on, parts, token)
-                return None
-            return 0
+            return None
         except Exception as exc:
             return self._failed(exc, "fallocate", handle, mode, offset, length)
+
+    async def _zero_later(self, absent: Absent, zero: Callable[[], Iterator[None]], token: object) -> None:
+        """Carry a FALLOCATE out when the pages are here of which it changes a part."""
+        try:
+            await self.arrivals.bring(absent)
+            parts = zero()
+            while True:
+                try:
+                    next(parts, None)
+                    break
+                except Absent as again:
+                    await self.arrivals.bring(again)
+                    parts = zero()
+        except Exception as exc:
+            native.reply(token, self._failed(exc, "fallocate"))
+        else:
+            await self._zero_on(parts, token)
 
     async def _zero_on(self, parts: Iterator[None], token: object) -> None:
         """Go on with a large FALLOCATE; other requests are answered in between."""
@@ -428,12 +511,9 @@ class Operations(pyfuse3.Operations):
             values["gid"] = attr.st_gid
         if fields.update_atime:
             values["atime"] = attr.st_atime_ns
-        node = self.namespace.set_attributes(
-            node.ino,
-            size=attr.st_size if fields.update_size else None,
-            mtime=attr.st_mtime_ns if fields.update_mtime else None,
-            **values,
-        )
+        size = attr.st_size if fields.update_size else None
+        mtime = attr.st_mtime_ns if fields.update_mtime else None
+        node = await self._having(lambda: self.namespace.set_attributes(node.ino, size=size, mtime=mtime, **values))
         return self._attributes(node)
 
     # -- names
@@ -788,6 +868,12 @@ class Operations(pyfuse3.Operations):
         if "flatten" in parsed:
             self._flatten(file, virtual.path_to_flatten(parsed), caller)
             return len(command)
+        if "pull" in parsed:
+            self._pull(file, virtual.parse_pull(parsed), caller)
+            return len(command)
+        if "arrival" in parsed:
+            self._steer(file, parsed, caller)
+            return len(command)
         source, parent, name = virtual.parse_clone(parsed)
         space = self.namespace
         directory = space.walk(parent, caller)
@@ -812,8 +898,27 @@ class Operations(pyfuse3.Operations):
         self.namespace.let_go(top)
         if not files:
             raise FileError(errno.EINVAL)
-        file.job = Flattening(self.pager, files)
-        trio.lowlevel.spawn_system_task(file.job.run)
+        file.job = job = Flattening(self.pager, files)
+        trio.lowlevel.spawn_system_task(job.run)
+
+    def _pull(self, file: VirtualHandle, request: Request, caller: Caller) -> None:
+        """Begin to make a directory whose pages come from elsewhere."""
+        if file.job is not None:
+            raise FileError(errno.EBUSY)
+        self.namespace.let_go(self.namespace.walk(request.parent, caller))
+        file.job = job = Pulling(self.pulls, self.namespace, request, caller)
+        trio.lowlevel.spawn_system_task(job.run)
+
+    def _steer(self, file: VirtualHandle, command: dict[str, Any], caller: Caller) -> None:
+        """Change what arrives below a path: its source, whether and how fast it streams."""
+        if file.job is not None:
+            raise FileError(errno.EBUSY)
+        path, change = virtual.parse_arrival(command)
+        top = self.namespace.walk(path, caller)
+        pulls = self.pulls.of_layers(self.namespace.layers_below(top))
+        self.namespace.let_go(top)
+        file.job = job = Steering(pulls, change)
+        trio.lowlevel.spawn_system_task(job.run)
 
     def stacktrace(self) -> None:
         """Not offered: pyfuse3 would dump stacks on an xattr of the root."""

@@ -57,6 +57,7 @@ class Session:
         native.install(
             read=operations.read_now,
             map_layer=operations.map_now,
+            absent=operations.absent_now,
             write=operations.write_now,
             copy_file_range=operations.copy_now,
             ioctl=operations.ioctl_now,

@@ -4,9 +4,12 @@
 
     {"clone": {"source": PATH, "parent": PATH, "name": NAME}}
     {"flatten": PATH}
+    {"pull": {"uri": URI, "parent": PATH, "name": NAME, "wait": SECONDS or null, "rate": BYTES, "paused": BOOLEAN}}
+    {"arrival": {"path": PATH, and any of "uri", "rate", "paused"}}
 
-The second one goes on while the file is open, and reading the file tells how far it is (flattening.py). Paths
-are relative to the root of the mount; bytes that are not UTF-8 are surrogate escapes, as os.fsdecode makes them.
+All but the first go on while the file is open, and reading the file tells how far they are (flattening.py,
+pulling.py). Paths are relative to the root of the mount; bytes that are not UTF-8 are surrogate escapes, as
+os.fsdecode makes them.
 """
 
 import errno
@@ -16,8 +19,10 @@ import stat
 from collections.abc import Callable
 from typing import Any, Final
 
+from ramfs.arrival.pulls import Options
 from ramfs.errors import FileError
 from ramfs.fuse.extension import pyfuse3
+from ramfs.fuse.pulling import Change, Request
 from ramfs.inspect.report import Observer
 from ramfs.namespace import Inode
 from ramfs.units import InodeNumber
@@ -94,6 +99,43 @@ def path_to_flatten(command: dict[str, Any]) -> bytes:
     return os.fsencode(path)
 
 
+def parse_pull(command: dict[str, Any]) -> Request:
+    """A pull command. Raises EINVAL."""
+    pull = command["pull"]
+    try:
+        uri, wait = str(pull["uri"]), pull.get("wait")
+        parent, name = os.fsencode(pull["parent"]), os.fsencode(pull["name"])
+        options = Options(None if wait is None else float(wait), int(pull.get("rate", 0)), bool(pull.get("paused")))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise FileError(errno.EINVAL) from None
+    if not _fit_name(name) or b"\0" in parent or options.rate < 0 or not 0 <= (options.wait or 0) < 1e9:
+        raise FileError(errno.EINVAL)
+    return Request(uri, parent, name, options)
+
+
+def parse_arrival(command: dict[str, Any]) -> tuple[bytes, Change]:
+    """Path and change of an arrival command. Raises EINVAL."""
+    given = command["arrival"]
+    try:
+        path = os.fsencode(given["path"])
+        uri, rate, paused = given.get("uri"), given.get("rate"), given.get("paused")
+        change = Change(uri, None if rate is None else int(rate), paused)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise FileError(errno.EINVAL) from None
+    if (
+        b"\0" in path
+        or not isinstance(uri, str | None)
+        or not isinstance(paused, bool | None)
+        or (change.rate or 0) < 0
+    ):
+        raise FileError(errno.EINVAL)
+    return path, change
+
+
+def _fit_name(name: bytes) -> bool:
+    return bool(name) and b"/" not in name and name not in (b".", b"..") and b"\0" not in name
+
+
 def parse_clone(command: dict[str, Any]) -> tuple[bytes, bytes, bytes]:
     """Source path, parent path and name of a clone command. Raises EINVAL."""
     try:
@@ -101,6 +143,6 @@ def parse_clone(command: dict[str, Any]) -> tuple[bytes, bytes, bytes]:
         source, parent, name = (os.fsencode(clone[key]) for key in ("source", "parent", "name"))
     except (ValueError, KeyError, TypeError):
         raise FileError(errno.EINVAL) from None
-    if not name or b"/" in name or name in (b".", b"..") or b"\0" in source + parent + name:
+    if not _fit_name(name) or b"\0" in source + parent:
         raise FileError(errno.EINVAL)
     return source, parent, name

@@ -31,8 +31,24 @@ Places = Mapping[LayerId, tuple[LayerId, int]]
 """For layers whose pages have names at several places of a table: the layer of the file, and the shift to it."""
 
 
-def count_pages(table: PageTable, total: int, others: Iterable[PageTable], places: Places) -> PageCounts:
-    """Count the pages of an image of ``total`` pages, given the tables of all images that may share some."""
+Lacking = Mapping[LayerId, tuple[Mask, Mask]]
+"""For layers that are still arriving, a bit for each page of the table: is it absent, is it known to be zeros?"""
+
+
+def count_pages(
+    table: PageTable, total: int, others: Iterable[PageTable], places: Places, lacking: Lacking | None = None
+) -> PageCounts:
+    """Count the pages of an image of ``total`` pages, given the tables of all images that may share some.
+
+    ``table`` is changed: what is not stored counts as zero in it.
+    """
+    absent = 0
+    for number, (not_here, zeros) in (lacking or {}).items():
+        for a, b in table.regions(stop=total):
+            entries = table.entries[a : min(b, len(not_here))]
+            named = entries == number
+            absent += int(np.count_nonzero(named & not_here[a : a + len(entries)]))
+            entries[named & (not_here[a : a + len(entries)] | zeros[a : a + len(entries)])] = ZERO
     regions = list(table.regions(stop=total))
     masks = [np.zeros(b - a, np.bool_) for a, b in regions]
     moved, keys = _moved(table, total, places)
@@ -53,7 +69,7 @@ def count_pages(table: PageTable, total: int, others: Iterable[PageTable], place
         shared.append(np.flatnonzero(mask & named) + a)
     in_place, also = np.concatenate(shared), moved[found]
     count = len(in_place) + len(also) - int(np.count_nonzero(_among(also, in_place)))
-    return PageCounts(stored - count, count, total - stored, 0, total)
+    return PageCounts(stored - count, count, total - stored - absent, absent, total)
 
 
 def _among(values: NDArray[Any], known: NDArray[Any]) -> Mask:

@@ -6,17 +6,27 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
+
+import numpy as np
 
 import ramfs
-from ramfs.errors import StoreDamaged
+from ramfs.arrival.pulls import Pulls
+from ramfs.errors import FileError, StoreDamaged
 from ramfs.image.lineage import PageCounts, count_pages
+from ramfs.image.table import Mask
 from ramfs.inspect.counters import Counters
 from ramfs.namespace import Inode, Namespace
 from ramfs.store.images import Image, read_table
+from ramfs.store.presence import ABSENT, STORED, ZEROS, States
 from ramfs.store.store import Store
-from ramfs.units import SNAP_BIT
+from ramfs.units import SNAP_BIT, InodeNumber
 
+#: What is told of each pull.
+_PULL_METRICS: Final = {
+    "total_bytes": "gauge", "here_bytes": "gauge", "fetched_bytes": "counter", "demand_faults": "counter",
+    "demand_seconds": "counter", "demand_slowest_seconds": "gauge",
+}  # fmt: skip
 #: Of the JSON texts; grows with every change that a reader could stumble over.
 SCHEMA = 1
 
@@ -55,6 +65,7 @@ class Observer:
     connection: Callable[[], dict[str, int]]
     """what was settled with the kernel"""
     native: Native
+    pulls: Pulls
     started: float
     supervision: Supervision
 
@@ -85,7 +96,7 @@ class Observer:
                 "aliases": sum(layer.is_alias for layer in layers.by_id.values()),
                 "undigested": sum(layer.sealed and not layer.digested for layer in layers.by_id.values()),
             },
-            "pulls": [],
+            "pulls": [{"path": self._path_of(pull.directory), **pull.status()} for pull in self.pulls.running],
             "store_bytes": {
                 "total": space.f_frsize * space.f_blocks,
                 "free": space.f_frsize * space.f_bavail,
@@ -105,6 +116,12 @@ class Observer:
                 for inode, native in opened
             ],
         }
+
+    def _path_of(self, directory: InodeNumber) -> str | None:
+        try:
+            return os.fsdecode(self.namespace.path_of(directory))
+        except FileError:  # it was removed, and something of it lives on in clones
+            return None
 
     def _name(self, ino: int) -> str:
         row = self.store.catalog.row("SELECT parent, name FROM names WHERE ino = ?", ino)
@@ -149,6 +166,14 @@ class Observer:
             (f'{{kind="{kind}"}}', status["store_bytes"][kind]) for kind in ("total", "free", "layers")
         ))  # fmt: skip
         metric("memory_bytes", "gauge", "Largest resident size of the daemon.", ("", status["memory_bytes"]))
+        pulls = status["pulls"]
+        metric("pulls", "gauge", "Pulls that lack something.", *(
+            (f'{{state="{state}"}}', sum(pull["state"] == state for pull in pulls))
+            for state in ("arriving", "waiting", "paused")
+        ))  # fmt: skip
+        for field, kind in _PULL_METRICS.items() if pulls else ():
+            text = f"{field.replace('_', ' ').capitalize()} of the pulls under way."
+            metric(f"pull_{field}", kind, text, *((f'{{pull="{pull["id"]}"}}', pull[field]) for pull in pulls))
         metric("native_files", "gauge", "Open files that the kernel serves by itself.", ("", status["native"]["files"]))
         for name, value in status["requests"].items():
             text = f"{name.replace('_', ' ').capitalize()} since the serving daemon began."
@@ -167,15 +192,23 @@ class Observer:
         places = {layer.id: (layer.base, layer.shift) for layer in names if layer.base in moved}
         others = [images.path(number) for number in images.naming([layer.id for layer in names]) if number != image.id]
         own, total = image.path, image.pages
+        lacking = {layer.id: _lacking(layer.presence.states, layer.shift) for layer in names if layer.presence}
 
         def count() -> PageCounts:
             table = read_table(own)
             if table is None:
                 raise StoreDamaged(f"table {own} is missing; run `ramfs fsck` on the store")
             relatives = map(read_table, others)  # one that has gone since shares nothing
-            return count_pages(table, total, (other for other in relatives if other is not None), places)
+            return count_pages(table, total, (other for other in relatives if other is not None), places, lacking)
 
         return count
+
+
+def _lacking(states: States, shift: int) -> tuple[Mask, Mask]:
+    """Which pages of a table would be absent, or zeros, in an arriving layer that it names at a shift."""
+    if shift < 0:
+        states = np.concatenate([np.full(-shift, STORED, np.uint8), states])
+    return states[max(shift, 0) :] == ABSENT, states[max(shift, 0) :] == ZEROS
 
 
 def _largest_resident() -> int:

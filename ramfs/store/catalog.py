@@ -17,6 +17,8 @@ from ramfs.store.files import sync_directory
 
 #: Changes with every change of the format that an older program could misread.
 FORMAT_VERSION: Final = 1
+#: ... and that of a store that has arriving layers, of which an older program would take absent pages for zeros.
+ARRIVING_VERSION: Final = 2
 
 #: The tables of an empty catalog.
 SCHEMA: Final = """
@@ -78,6 +80,19 @@ ADDITIONS: Final = """
 CREATE TABLE IF NOT EXISTS outcomes (
     request INTEGER PRIMARY KEY,            -- FUSE's number of it, on the connection of the last mount
     ino     INTEGER NOT NULL                -- the inode that the answer speaks of, 0 if it speaks of none
+);
+CREATE TABLE IF NOT EXISTS pulls (
+    id        INTEGER PRIMARY KEY AUTOINCREMENT,
+    directory INTEGER NOT NULL,             -- the inode that it was made for
+    uri       TEXT NOT NULL,                -- where its pages come from, now
+    options   TEXT NOT NULL,                -- a JSON object (arrival/pulls.py)
+    created   INTEGER NOT NULL              -- ns since the epoch
+);
+CREATE TABLE IF NOT EXISTS arriving (
+    layer INTEGER PRIMARY KEY REFERENCES layers,
+    pull  INTEGER NOT NULL REFERENCES pulls,
+    name  TEXT NOT NULL,                    -- what the source calls the file
+    size  INTEGER NOT NULL                  -- bytes that it has there
 );
 """
 
@@ -154,9 +169,9 @@ class Catalog:
 
     def _check_version(self) -> None:
         version = self.meta("version")
-        if version != FORMAT_VERSION:
+        if version not in (FORMAT_VERSION, ARRIVING_VERSION):
             raise StoreVersion(
-                f"{self.path} has format version {version}, this program knows {FORMAT_VERSION}: "
+                f"{self.path} has format version {version}, this program knows none above {ARRIVING_VERSION}: "
                 "use the ramfs that made it, or a newer one"
             )
         # Takes the exclusive lock now, not at the first write.

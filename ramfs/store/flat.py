@@ -48,7 +48,8 @@ def sole_layer(image: Image, layers: Layers) -> LayerId | None:
             return None
         found = highest
     layer = layers.by_id.get(found)  # neither ZERO nor LOST is there
-    return layer.id if layer is not None and layer.sealed and not layer.is_alias else None
+    fit = layer is not None and layer.sealed and layer.presence is None and not layer.is_alias
+    return layer.id if layer is not None and fit else None
 
 
 def reads_alike(table_path: str, layer_path: str, size: int) -> bool:
@@ -105,6 +106,8 @@ class Flatten:
         if LOST in named:
             raise FileError(errno.EIO, "pages of it are lost; `ramfs fsck` names them")
         self._sources = [store.layers[number] for number in sorted(named)]
+        if any(layer.presence is not None for layer in self._sources):
+            raise FileError(errno.EBUSY, "it is still arriving; wait until it is here")
         self._copying = self._copy()
         store.layers.making.add(self.path)
 

@@ -29,6 +29,7 @@ from ramfs.store.behind import Behind
 from ramfs.store.catalog import Catalog
 from ramfs.store.files import data_extents, read_exactly, sync_data, sync_directory, write_all
 from ramfs.store.layers import Layer, Layers
+from ramfs.store.presence import write_kept
 from ramfs.units import MAX_FILE_SIZE, PAGE, PAGE_SHIFT, ZERO, ImageId, LayerId, pages
 
 #: Images that are synced at a time after a takeover.
@@ -250,6 +251,8 @@ class SyncJob:
     catalog: Catalog
     layers: list[tuple[Layer, str]] = field(default_factory=list)
     """with the paths of their files: there may be more than there are descriptors"""
+    kept: list[tuple[str, int, list[tuple[int, bytes]]]] = field(default_factory=list)
+    """of arriving layers: what is here of them is to be written where; path, pages, and which parts"""
     layer_names: str | None = None
     """the directory of the layers, when there are new ones"""
     table_names: str | None = None
@@ -272,6 +275,9 @@ class SyncJob:
             # One that is gone was removed as garbage meanwhile.
             with contextlib.suppress(FileNotFoundError):
                 sync_data(path)
+        for path, count, parts in self.kept:
+            if os.path.exists(path.removesuffix("kept") + "here"):
+                write_kept(path, count, parts)
         if self.layer_names is not None:
             sync_directory(self.layer_names)
         self.catalog.sync()
@@ -562,19 +568,18 @@ class Images:
             image.close()
         self.unlink_files(number)
 
-    def sync_job(self, images: Iterable[Image]) -> SyncJob:
-        """Collect what must be written to make ``images`` durable, as they are now."""
+    def sync_job(self, images: Iterable[Image], layers: Iterable[LayerId] = ()) -> SyncJob:
+        """Collect what must be written to make ``images``, and ``layers``, durable as they are now."""
         job = SyncJob(self, self.catalog)
         try:
-            self._fill(job, images)
+            self._fill(job, images, set(layers))
         except BaseException:
             job.failed()
             job.close()
             raise
         return job
 
-    def _fill(self, job: SyncJob, images: Iterable[Image]) -> None:
-        wanted: set[LayerId] = set()
+    def _fill(self, job: SyncJob, images: Iterable[Image], wanted: set[LayerId]) -> None:
         for image in images:
             image.users += 1
             job.images.append(image)
@@ -589,6 +594,10 @@ class Images:
             layer = self.layers[number]
             job.layers.append((layer, self.layers.path(number)))
             self.unsynced.discard(number)
+            if layer.presence is not None:
+                taken = layer.presence.take_unkept()
+                job.kept.append((self.layers.path(number, "kept"), len(layer.presence.states), taken))
+                job.undo.append(lambda presence=layer.presence, taken=taken: presence.put_back(taken))  # type: ignore[misc]
             written = self.layers.take_written(number)
             if written is not None:
                 job.written.append(written)

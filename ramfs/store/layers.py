@@ -3,6 +3,7 @@
     state     takes writes   named by         digests
     live      of one image   that image       none
     sealed    never again    any image        made in the background, once
+    arriving  from a source  any image        when it is complete, and then it is sealed
 
 An *alias* is a sealed layer without a file: it names the pages of another layer's file, ``shift`` pages
 further on. Aliases exist because page i of an image is page i of its layer: when copy_file_range moves
@@ -23,7 +24,7 @@ from ramfs.errors import StoreDamaged
 from ramfs.image.digest import DIGEST, digest_pages
 from ramfs.image.pages import Buffer
 from ramfs.store.behind import Behind, HandedMarks, Marks
-from ramfs.store.catalog import Catalog
+from ramfs.store.catalog import ARRIVING_VERSION, Catalog
 from ramfs.store.files import (
     data_extents,
     is_memory,
@@ -33,6 +34,7 @@ from ramfs.store.files import (
     sync_directory,
     write_all,
 )
+from ramfs.store.presence import Presence
 from ramfs.units import LOST, MAX_FILE_SIZE, PAGE, PAGE_SHIFT, LayerId, pages
 
 #: Layer files kept open and mapped at most; the least recently used are closed beyond it.
@@ -42,7 +44,7 @@ OPEN_LAYERS: Final = 2048
 MAPPED: Final = 32 << 40
 Places = NDArray[np.uint64]
 #: Columns of Layers.places; `struct place` of the extension.
-BASE, LIMIT, MARKS, SHIFT = range(4)
+BASE, LIMIT, MARKS, SHIFT, HERE = range(5)
 _DIGEST_BATCH: Final = 128  # pages hashed before other threads get their turn: about 60 us
 
 
@@ -145,9 +147,9 @@ class LayerFile:
 
 
 class Layer:
-    """A layer of the catalog: its number, state, and where its pages lie."""
+    """A layer of the catalog: its number, state, and where its pages lie. An arriving one counts as sealed."""
 
-    __slots__ = ("base", "digested", "id", "sealed", "shift")
+    __slots__ = ("base", "digested", "id", "presence", "sealed", "shift")
 
     def __init__(self, number: LayerId, sealed: bool, digested: bool, base: LayerId | None, shift: int) -> None:
         self.id = number
@@ -155,6 +157,8 @@ class Layer:
         self.digested = digested
         self.base = number if base is None else base
         self.shift = shift
+        self.presence: Presence | None = None
+        """of an arriving layer: which pages of its file are here"""
 
     @property
     def is_alias(self) -> bool:
@@ -169,6 +173,8 @@ class Layers:
         self.directory = directory
         self.catalog = catalog
         self.by_id: dict[LayerId, Layer] = {}
+        self.arriving: set[LayerId] = set()
+        """those whose pages are not all here"""
         self.held: set[LayerId] = set()
         """sealed layers that processes may still have mapped through a mount whose daemon was killed: they must stay"""
         self.making: set[str] = set()
@@ -177,11 +183,12 @@ class Layers:
         """layers whose files are new since the directory was last synced"""
         self._aliases: dict[tuple[LayerId, int], Layer] = {}
         self._files: OrderedDict[LayerId, LayerFile] = OrderedDict()
-        self.places: Places = np.zeros((64, 4), np.uint64)
+        self.places: Places = np.zeros((64, 5), np.uint64)
         """for each layer: BASE, the address of its page 0 in memory, 0 if it is not mapped; LIMIT, the number of pages
         from 0 on that its mapping reaches; MARKS, the address of its file's LayerFile.handed, 0 if there is none;
-        SHIFT, how much further on a page lies in that file (int64)"""
-        self.retired: list[memoryview | HandedMarks | None] = []
+        SHIFT, how much further on a page lies in that file (int64); HERE, the address of its file's Presence.states,
+        0 if all pages are here"""
+        self.retired: list[memoryview | HandedMarks | Presence | None] = []
         """mappings and marks that were replaced during a read, which may have addresses in them: kept until the next"""
         self.drops = not is_memory(directory)
         """can pages leave the page cache of the store? (On tmpfs they are nowhere else.)"""
@@ -195,6 +202,17 @@ class Layers:
         """bytes of files that are mapped, without the retired"""
         for row in catalog.execute("SELECT * FROM layers"):
             self._add(Layer(row["id"], bool(row["sealed"]), bool(row["digested"]), row["base"], row["shift"]))
+        for row in catalog.execute("SELECT layer, size FROM arriving"):
+            self._arrive(self.by_id[row["layer"]], Presence(self.path(row["layer"], "here"), pages(row["size"])))
+
+    def _arrive(self, layer: Layer, presence: Presence | None) -> None:
+        if presence is None:
+            self.arriving.discard(layer.id)
+        else:
+            self.arriving.add(layer.id)
+        for each in self.by_id.values():
+            if each.base == layer.id:
+                each.presence = presence
 
     def _add(self, layer: Layer) -> Layer:
         self.by_id[layer.id] = layer
@@ -236,6 +254,33 @@ class Layers:
         self.catalog.on_rollback(lambda: self._drop(layer))
         return layer
 
+    def create_arriving(self, size: int) -> Layer:
+        """A new arriving layer for ``size`` bytes, none of them here. Call in a transaction that adds it there."""
+        layer = self.create(pages(size) << PAGE_SHIFT)
+        self.catalog.execute("UPDATE layers SET sealed = 1 WHERE id = ?", layer.id)
+        layer.sealed = True
+        self._arrive(layer, Presence(self.path(layer.id, "here"), pages(size), create=True))
+        self.catalog.set_meta("version", ARRIVING_VERSION)
+        return layer
+
+    def complete(self, layer: Layer) -> None:
+        """All that tables name of an arriving layer is here, and on disk. Call in a transaction."""
+        presence = layer.presence
+        self.catalog.execute("DELETE FROM arriving WHERE layer = ?", layer.id)
+        self._arrive(layer, None)
+        self.catalog.on_rollback(lambda: self._arrive(layer, presence))
+
+    def forget_presence(self, layer: LayerId, presence: Presence) -> None:
+        """Remove the files that told what was here of a layer, once that it is complete is durable."""
+        for number, each in self.by_id.items():
+            if each.base == layer and number < len(self.places):
+                self.places[number, HERE] = 0
+        self.retired.append(presence)  # a read under way may have its address
+        presence.close()
+        for suffix in ("here", "kept"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path(layer, suffix))
+
     def seal(self, layer: Layer, size: int | None = None) -> None:
         """Let nothing be written to the layer any more. Call in a transaction.
 
@@ -262,6 +307,7 @@ class Layers:
             )
         )
         alias = self._add(Layer(number, True, True, layer.base, shift))
+        alias.presence = layer.presence
         self.catalog.on_rollback(lambda: self._drop(alias))
         return alias
 
@@ -270,7 +316,9 @@ class Layers:
         file = self._files.get(layer.base)
         if file is None:
             path = self.path(layer.base)
-            file = self._files[layer.base] = LayerFile(path, writable=not layer.sealed, marks=self.drops)
+            file = self._files[layer.base] = LayerFile(
+                path, writable=not layer.sealed or layer.presence is not None, marks=self.drops
+            )
             self._trim()
         else:
             self._files.move_to_end(layer.base)
@@ -291,13 +339,14 @@ class Layers:
             self._limit_mapped(file)
         file.mapped_as.add(number)
         if number >= len(self.places):
-            self.places = np.concatenate([self.places, np.zeros((number, 4), np.uint64)])
+            self.places = np.concatenate([self.places, np.zeros((number, 5), np.uint64)])
         address = np.frombuffer(view, np.uint8).ctypes.data + (layer.shift << PAGE_SHIFT)
         place = self.places[number]
         place[BASE] = address
         place[LIMIT] = (len(view) >> PAGE_SHIFT) - layer.shift
         place[MARKS] = 0 if file.handed is None else file.handed.address
         place[SHIFT] = layer.shift & (1 << 64) - 1
+        place[HERE] = 0 if layer.presence is None else layer.presence.address
         return address + (page << PAGE_SHIFT)
 
     def _unmap(self, file: LayerFile) -> None:
@@ -342,6 +391,7 @@ class Layers:
 
     def forget(self, layer: Layer) -> None:
         """Remove the row of a layer that no table names. In a transaction; :meth:`unlink_files` once it is durable."""
+        self.catalog.execute("DELETE FROM arriving WHERE layer = ?", layer.id)
         self.catalog.execute("DELETE FROM layers WHERE id = ?", layer.id)
         self._drop(layer)
         self.catalog.on_rollback(lambda: self._add(layer))
@@ -350,6 +400,9 @@ class Layers:
         del self.by_id[layer.id]
         self.undroppable.discard(layer.id)
         self._behind.pop(layer.id, None)
+        if layer.id in self.arriving and layer.presence is not None:
+            self.arriving.discard(layer.id)
+            layer.presence.close()
         if layer.is_alias:
             del self._aliases[layer.base, layer.shift]
 
@@ -368,7 +421,7 @@ class Layers:
     def unlink_files(self, layer: LayerId) -> None:
         """Remove the files of a layer that is closed (any thread)."""
         self.unsynced_names.discard(layer)
-        for suffix in ("ram", "xxh3"):
+        for suffix in ("ram", "xxh3", "here", "kept"):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path(layer, suffix))
 
@@ -444,3 +497,6 @@ class Layers:
         self.retired.clear()
         for number in list(self._files):
             self.close_file(number)
+        for layer in self.by_id.values():
+            if layer.presence is not None:
+                layer.presence.close()

@@ -36,6 +36,7 @@ from ramfs.store.images import (
 from ramfs.store.layers import Layers
 from ramfs.store.lock import StoreLock
 from ramfs.store.outcomes import Outcomes
+from ramfs.store.presence import forget_unsynced
 from ramfs.store.reserve import Reserve
 from ramfs.units import ZERO, LayerId, pages
 
@@ -74,6 +75,8 @@ class Store:
             self.lock.release()
             raise
         try:
+            if lock is None:
+                self._forget_unsynced()
             self.layers = Layers(os.path.join(self.directory, "layers"), self.catalog)
             self.images = Images(os.path.join(self.directory, "tables"), self.catalog, self.layers)
             self.outcomes = Outcomes(self.catalog)
@@ -141,6 +144,16 @@ class Store:
             self.outcomes.forget_all()
         sync_directory(self.directory)
         catalog.sync()
+
+    def _forget_unsynced(self) -> None:
+        """After power loss: of arriving layers only what was synced counts. Before anybody reads what is here."""
+        catalog = self.catalog
+        if catalog.meta("clean") or catalog.meta("boot_id") in (None, boot_id()):
+            return
+        directory = os.path.join(self.directory, "layers")
+        for row in catalog.execute("SELECT layer, size FROM arriving"):
+            here, kept = (os.path.join(directory, f"{row['layer']:08x}.{suffix}") for suffix in ("here", "kept"))
+            forget_unsynced(here, kept, pages(row["size"]))
 
     def _go_on(self) -> None:
         """Take over from a daemon of this boot: what it knew of things not synced yet is lost, so all may be so."""
@@ -293,7 +306,7 @@ class Store:
             while self.images.doubtful:
                 with self.images.some_doubtful() as images:
                     self._sync(images)
-            self._sync(self.images.open_images())
+            self._sync(self.images.open_images(), self.arrived())
             self._sync_files()  # from now on .map counts, which no sync before has written
             with self.catalog.transaction():
                 self.catalog.set_meta("clean", 1)
@@ -303,8 +316,8 @@ class Store:
         finally:
             self.abandon()
 
-    def _sync(self, images: list[Image]) -> None:
-        job = self.images.sync_job(images)
+    def _sync(self, images: list[Image], layers: Iterable[LayerId] = ()) -> None:
+        job = self.images.sync_job(images, layers)
         try:
             job.run()
         except BaseException:
@@ -324,7 +337,13 @@ class Store:
 
     def sync_all(self) -> SyncJob:
         """A job that makes all that was changed durable."""
-        return self.images.sync_job(image for image in self.images.open_images() if self.images.is_stale(image))
+        stale = [image for image in self.images.open_images() if self.images.is_stale(image)]
+        return self.images.sync_job(stale, self.arrived())
+
+    def arrived(self) -> list[LayerId]:
+        """The arriving layers that something came for since their last sync."""
+        known = self.layers.by_id
+        return [number for number in self.images.unsynced if number in known and known[number].presence is not None]
 
     def statvfs(self) -> os.statvfs_result:
         """The file system of the store. OSError when it is gone."""

@@ -46,6 +46,8 @@ STANDBY_AFTER, STANDBY_SOON, STANDBY_AGAIN = 3.0, 0.2, 60.0
 WARM_TIMEOUT, YIELD_TIMEOUT = 60.0, 3.0
 #: Seconds that a killed daemon may take to be gone.
 ABORT_TIMEOUT: Final = 5
+#: The niceness of whoever guests wait for: this process, and a daemon until it serves.
+URGENT: Final = -10
 #: Exit status after an abort: nobody should start another by himself. (That of ramfs.errors.MountError.)
 ABORTED: Final = 8
 #: The name of the command socket in the store.
@@ -165,6 +167,8 @@ class Supervisor:
         self.crashes: list[float] = []
         self.deaths = self.starts = 0
         self.why = ""
+        #: Of daemons, but for the moment in which one takes over. This process has URGENT, also after renew().
+        self.niceness = (before or {}).get("niceness", os.getpriority(os.PRIO_PROCESS, 0))
         self.ledger = 0  # the format of the ledger that is kept
         self.fallback: list[str] | None = None  # the command before an upgrade, until that has served
         self.established = False  # a mount is there that clients may use
@@ -190,6 +194,7 @@ class Supervisor:
         for number in SIGNALS:
             signal.signal(number, lambda *_: None)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        set_niceness(os.getpid(), URGENT)
         self.watch(reader, lambda _: self.signalled(os.read(reader, 64)))
         if self.before is not None:
             self.resume(self.before)
@@ -224,6 +229,7 @@ class Supervisor:
             "starts": self.starts,
             "deaths": self.deaths,
             "why": self.why,
+            "niceness": self.niceness,
         }
         settings = self.settings._replace(command=self.command, ready=-1)
         held = [*self.kept.values(), child.socket.fileno(), *waiting]
@@ -308,6 +314,7 @@ class Supervisor:
     def spawn(self, command: list[str], words: int | None = None) -> Child:
         """Start a daemon, which imports everything and then waits to be told more. Raises OSError."""
         child = Child(command, words)
+        set_niceness(child.pid, self.niceness)
         self.attend(child)
         return child
 
@@ -339,6 +346,7 @@ class Supervisor:
             "managed": "NOTIFY_SOCKET" in os.environ,
         }
         self.serving = child
+        set_niceness(child.pid, URGENT)  # guests wait for it
         child.tell({"go": facts}, [self.kept[name] for name in names])
         if "fuse" in self.kept:
             self.unwatch(self.kept["fuse"])
@@ -370,6 +378,7 @@ class Supervisor:
     def became_ready(self, child: Child, version: str) -> None:
         """A daemon serves."""
         child.ready, child.version = True, version
+        set_niceness(child.pid, self.niceness)
         self.established, self.ledger, self.fallback = True, child.ledger, None
         child.close_words()
         if self.listener is None:
@@ -705,6 +714,12 @@ class Supervisor:
 def line(message: dict[str, Any]) -> bytes:
     """An answer to a command."""
     return json.dumps(message).encode() + b"\n"
+
+
+def set_niceness(pid: int, niceness: int) -> None:
+    """Let a process go before others, or after them. Without the privilege, or the process, it is left as it is."""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, pid, niceness)
 
 
 def how(code: int) -> str:

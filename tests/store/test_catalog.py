@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ramfs.errors import StoreBusy, StoreDamaged, StoreVersion
-from ramfs.store.catalog import FORMAT_VERSION, Catalog
+from ramfs.store.catalog import ARRIVING_VERSION, FORMAT_VERSION, Catalog
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_missing_empty_and_foreign(tmp_path: Path) -> None:
         Catalog(str(path), create=False)
 
 
-@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 0, None, "one"])
+@pytest.mark.parametrize("version", [ARRIVING_VERSION + 1, 0, None, "one"])
 def test_another_version_is_refused(tmp_path: Path, version: object) -> None:
     path = str(tmp_path / "catalog.sqlite")
     catalog = Catalog(path, create=True)

@@ -78,10 +78,10 @@ def test_another_process_names_itself(tmp_path: Path) -> None:
 def test_another_version(tmp_path: Path) -> None:
     Store(str(tmp_path / "s"), create=True).close()
     db = sqlite3.connect(tmp_path / "s/catalog.sqlite")
-    db.execute("UPDATE meta SET value = 2 WHERE key = 'version'")
+    db.execute("UPDATE meta SET value = 3 WHERE key = 'version'")
     db.commit()
     db.close()
-    refused(tmp_path / "s", StoreVersion, "format version 2")
+    refused(tmp_path / "s", StoreVersion, "format version 3")
     Store(str(tmp_path / "t"), create=True).close()
 
 

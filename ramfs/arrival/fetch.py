@@ -1,0 +1,241 @@
+"""Absent pages are brought from their source, each once.
+
+    a page that is     touched (bring)                            streamed (fill)
+    here               nothing to do                              nothing to do
+    absent             a fetch of its own, which overtakes        a fetch, when nobody waits for one
+    on its way         waits for that fetch                       nothing to do
+
+One event for each fetch, set when it has succeeded and when it has failed; whoever waited looks again. Bytes go
+first into the layer's file, then the states of their pages change: a killed daemon leaves pages absent that were
+here already, never the other way round.
+"""
+
+import errno
+import logging
+import mmap
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final
+
+import numpy as np
+import trio
+
+from ramfs.image.pages import nonzero_pages
+from ramfs.image.table import NORESERVE, Mask, runs_of
+from ramfs.pager import Absent, Pager
+from ramfs.source.base import PageSource
+from ramfs.store.layers import Layer
+from ramfs.store.presence import ABSENT, STORED, ZEROS, Presence
+from ramfs.units import PAGE, PAGE_SHIFT, LayerId
+
+log = logging.getLogger(__name__)
+
+#: Bytes of the largest fetch: a buffer of that size stays in the processor's cache between socket and file.
+LARGEST: Final = 256 << 10
+#: Seconds between attempts to store pages for which the store has no room.
+_FULL_AGAIN: Final = 1.0
+
+
+@dataclass(slots=True)
+class Counts:
+    """What arrived. Bytes are of whole pages."""
+
+    fetched_bytes: int = 0
+    """read from the source"""
+    demand_faults: int = 0
+    """times that somebody waited for absent pages"""
+    demand_seconds: float = 0.0
+    """how long they waited, together"""
+    slowest: float = 0.0
+    """how long the one waited that waited longest, in seconds"""
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    first: int
+    stop: int
+    landed: trio.Event = field(default_factory=trio.Event)
+
+
+class Arrival:
+    """One arriving layer, and the source of its pages."""
+
+    def __init__(self, pager: Pager, layer: Layer, source: PageSource) -> None:
+        assert layer.presence is not None
+        self.pager = pager
+        self.layer = layer
+        self.presence: Presence = layer.presence
+        self.source = source
+        self.counts = Counts()
+        self.trouble = ""
+        """why nothing can be stored, while that is so"""
+        self.touched: list[int] = []
+        """pages after which somebody who waited will look next, the last one last; the stream takes them"""
+        self.waiting = 0
+        """how many wait for absent pages"""
+        self.idle = trio.Event()
+        self.idle.set()
+        self._flights: list[_Flight] = []
+        self._memory = mmap.mmap(-1, len(self.presence.states), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
+        self._asked: Mask = np.frombuffer(self._memory, np.bool_)
+        self._buffers: list[mmap.mmap] = []
+        self._most = max(PAGE, min(LARGEST, source.maximum)) >> PAGE_SHIFT
+
+    # -- what is to be fetched
+
+    def unasked(self, first: int, stop: int) -> list[tuple[int, int]]:
+        """The runs of pages within ``[first, stop)`` that are absent and not on their way."""
+        lacking = (self.presence.states[first:stop] == ABSENT) & ~self._asked[first:stop]
+        return [(first + a, first + b) for a, b in runs_of(lacking)]
+
+    def pieces(self, runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Runs of pages, cut into what one fetch may bring."""
+        return [(a, min(a + self._most, stop)) for first, stop in runs for a in range(first, stop, self._most)]
+
+    async def bring(self, first: int, stop: int) -> None:
+        """Return when pages ``[first, stop)`` are here. Raises SourceError, OSError."""
+        began = trio.current_time()
+        self.waiting += 1
+        if self.waiting == 1:
+            self.idle = trio.Event()
+        try:
+            while not self.presence.here(first, stop):
+                pieces = self.pieces(self.unasked(first, stop))
+                if len(pieces) == 1:
+                    await self.fetch(*pieces[0], urgent=True)
+                elif pieces:
+                    await together(partial(self.fetch, a, b, urgent=True) for a, b in pieces)
+                else:
+                    flight = next(each for each in self._flights if each.first < stop and first < each.stop)
+                    await flight.landed.wait()
+        finally:
+            self.waiting -= 1
+            if self.waiting == 0:
+                self.idle.set()
+            took = trio.current_time() - began
+            counts = self.counts
+            counts.demand_faults += 1
+            counts.demand_seconds += took
+            counts.slowest = max(counts.slowest, took)
+            self.touched.append(stop)
+
+    async def fetch(self, first: int, stop: int, *, urgent: bool = False) -> None:
+        """Fetch pages that are absent and not on their way. Raises SourceError, OSError."""
+        flight = _Flight(first, stop)
+        self._flights.append(flight)
+        self._asked[first:stop] = True
+        buffer = self._buffers.pop() if self._buffers else mmap.mmap(-1, LARGEST)
+        try:
+            length = min(stop << PAGE_SHIFT, self.source.size) - (first << PAGE_SHIFT)
+            await self._read(first << PAGE_SHIFT, memoryview(buffer)[:length], urgent)
+            if length & (PAGE - 1):
+                buffer[length : (stop - first) << PAGE_SHIFT] = bytes(-length & (PAGE - 1))
+            self.counts.fetched_bytes += (stop - first) << PAGE_SHIFT
+            await self._store(first, memoryview(buffer)[: (stop - first) << PAGE_SHIFT])
+        finally:
+            self._buffers.append(buffer)
+            self._asked[first:stop] = False
+            self._flights.remove(flight)
+            flight.landed.set()
+
+    async def _read(self, offset: int, view: memoryview, urgent: bool) -> None:
+        align = self.source.alignment
+        if (offset | len(view)) & (align - 1) == 0 or (
+            offset & (align - 1) == 0 and offset + len(view) == self.source.size
+        ):
+            await self.source.read_into(offset, view, urgent=urgent)
+            return
+        low = offset & -align
+        high = min((offset + len(view) + align - 1) & -align, self.source.size)
+        wide = memoryview(bytearray(high - low))
+        await self.source.read_into(low, wide, urgent=urgent)
+        view[:] = wide[offset - low : offset - low + len(view)]
+
+    async def _store(self, first: int, data: memoryview) -> None:
+        """Put pages into the layer's file, and let them be here. Waits for room in the store."""
+        while True:
+            try:
+                self._write(first, data)
+            except OSError as exc:
+                if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                if not self.trouble:
+                    self.trouble = f"the store is full ({exc.strerror}): make room, and it goes on"
+                    log.error("%s: %s", self.source.description, self.trouble)
+                await trio.sleep(_FULL_AGAIN)
+            else:
+                self.trouble = ""
+                return
+
+    def _write(self, first: int, data: memoryview) -> None:
+        layers, number = self.pager.layers, self.layer.id
+        if number not in layers.arriving:
+            return  # deleted meanwhile
+        self.pager.images.unsynced.add(number)
+        kept = nonzero_pages(data)
+        file = layers.file(self.layer)
+        for a, b in runs_of(kept):
+            file.write((first + a) << PAGE_SHIFT, data[a << PAGE_SHIFT : b << PAGE_SHIFT])
+        self.presence.set(first, np.where(kept, np.uint8(STORED), np.uint8(ZEROS)))
+
+    def note_zeros(self, first: int, stop: int) -> None:
+        """The source says that pages are only zeros: those that are absent need not be fetched. Raises OSError."""
+        for a, b in self.unasked(first, stop):
+            self.presence.set(a, np.full(b - a, ZEROS, np.uint8))
+            self.pager.images.unsynced.add(self.layer.id)
+
+
+async def together(jobs: Iterable[Callable[[], Awaitable[None]]]) -> None:
+    """Do them at the same time. The first error ends the others, and is raised."""
+    failed: list[Exception] = []
+    async with trio.open_nursery() as nursery:
+
+        async def run(job: Callable[[], Awaitable[None]]) -> None:
+            try:
+                await job()
+            except Exception as exc:  # noqa: BLE001  (raised below, without the group that a nursery makes of it)
+                failed.append(exc)
+                nursery.cancel_scope.cancel()
+
+        for job in jobs:
+            nursery.start_soon(run, job)
+    if failed:
+        raise failed[0]
+
+
+class Arrivals:
+    """The arriving layers of a store that have a source."""
+
+    def __init__(self, pager: Pager) -> None:
+        self._pager = pager
+        self._by_layer: dict[LayerId, Arrival] = {}
+        self._more = trio.Event()
+
+    def add(self, arrival: Arrival) -> None:
+        """From now on its pages can be brought."""
+        self._by_layer[arrival.layer.id] = arrival
+        self._more.set()
+        self._more = trio.Event()
+
+    def discard(self, layer: LayerId) -> None:
+        """Nothing more is to be brought of a layer: all is here, or it is gone."""
+        self._by_layer.pop(layer, None)
+        self._more.set()
+        self._more = trio.Event()
+
+    async def bring(self, absent: Absent) -> None:
+        """Return when pages are here that were absent. Raises SourceError, OSError."""
+        while absent.layer in self._pager.layers.arriving:
+            arrival = self._by_layer.get(absent.layer)
+            if arrival is not None:
+                await arrival.bring(absent.first, absent.stop)
+                return
+            await self._more.wait()  # its source is just being opened
+
+    async def bring_all(self, absent: list[Absent]) -> None:
+        """As :meth:`bring`, of several at once."""
+        if len(absent) == 1:
+            await self.bring(absent[0])
+            return
+        await together(partial(self.bring, each) for each in absent)

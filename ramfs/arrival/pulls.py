@@ -1,0 +1,325 @@
+"""Pulls: which layers arrive from where, across daemons and mounts.
+
+A *pull* is a directory that was made from a source, with a row in the catalog; each of its files began as one
+arriving layer. Clones and snapshots of them name the same layers, so a pull goes on for as long as any of these is
+lacking something, whatever became of the directory. Its options, JSON in the catalog:
+
+    wait      seconds that a lost source is waited for; null: for ever. Then who touches an absent page gets EIO
+    rate      bytes a second that the stream may take; 0: no limit
+    paused    whether the stream stands (what is touched is fetched all the same)
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import trio
+
+from ramfs.arrival.fetch import Arrival, Arrivals
+from ramfs.arrival.stream import Stream, Throttle
+from ramfs.errors import RamfsError
+from ramfs.image.digest import DIGEST
+from ramfs.pager import Pager
+from ramfs.source.base import PageSource, SourceDirectory
+from ramfs.source.manifest import Digests, File
+from ramfs.source.retry import RetrySource, SourceState
+from ramfs.source.verify import VerifiedSource
+from ramfs.store.images import Image
+from ramfs.store.presence import ABSENT, ZEROS
+from ramfs.units import PAGE_SHIFT, InodeNumber, LayerId, pages
+
+log = logging.getLogger(__name__)
+
+#: Opens what a URI names, as a directory of sources.
+Opener = Callable[[str], Awaitable[SourceDirectory]]
+
+#: Seconds until a stream that met an error begins again.
+_AGAIN: Final = 5.0
+#: Seconds over which the rate is told.
+_LATELY: Final = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """See the module. Stored with the pull."""
+
+    wait: float | None = None
+    rate: int = 0
+    paused: bool = False
+
+
+class Incoming(NamedTuple):
+    """A file that is to arrive: the image that it becomes, its name at the source, and what is known of it."""
+
+    image: Image
+    name: str
+    size: int
+    digests: Digests | None
+
+
+class Pull:
+    """Layers that arrive from one source."""
+
+    def __init__(self, pulls: "Pulls", number: int, directory: InodeNumber, uri: str, options: Options) -> None:
+        self.id = number
+        self.directory = directory
+        self.uri = uri
+        self.options = options
+        self.throttle = Throttle(options.rate)
+        if options.paused:
+            self.throttle.pause()
+        self.arrivals: list[Arrival] = []
+        self.trouble = ""
+        """why the stream does not go on, if it does not"""
+        self.verified = True
+        """are all files compared with digests?"""
+        self._pulls = pulls
+        self._sources: list[tuple[str, RetrySource]] = []
+        self._opened: SourceDirectory | None = None
+        self._opening = trio.Lock()
+        self._samples: list[tuple[float, int]] = []
+        self._streaming = trio.CancelScope()
+
+    # -- its source
+
+    def add(self, layer: LayerId, name: str, size: int, file: File | None) -> None:
+        """One more layer that arrives, verified if its digests are known."""
+        self.verified &= file is not None
+        source = RetrySource(self._factory(name, file), self.uri, size, deadline=self.options.wait, tell=self._tell)
+        self._sources.append((name, source))
+        arrival = Arrival(self._pulls.pager, self._pulls.pager.layers[layer], source)
+        self.arrivals.append(arrival)
+        self._pulls.arrivals.add(arrival)
+
+    def _factory(self, name: str, file: File | None, uri: str | None = None) -> Callable[[], Awaitable[PageSource]]:
+        async def open_source() -> PageSource:
+            directory = await self._pulls.opener(uri or self.uri)
+            try:
+                source = await directory.open(name)
+            finally:
+                await directory.aclose()
+            return source if file is None else VerifiedSource(source, file, name)
+
+        return open_source
+
+    def _tell(self, state: SourceState) -> None:
+        if not state.ok and state.attempts == 1:
+            log.warning("pull from %s: %s; trying again", self.uri, state.error)
+        elif state.ok:
+            log.info("pull from %s goes on", self.uri)
+
+    async def switch(self, uri: str) -> None:
+        """Take what is lacking from another source, which must have all files. Raises SourceError, UsageError."""
+        pager = self._pulls.pager
+        opened: list[tuple[RetrySource, Callable[[], Awaitable[PageSource]]]] = []
+        for (name, source), arrival in zip(self._sources, self.arrivals, strict=True):
+            if arrival.layer.id in pager.layers.arriving:
+                opened.append((source, self._factory(name, self._pulls.digests_of(arrival.layer.id, source.size), uri)))
+        for source, factory in opened:
+            await source.switch(factory)
+        self.uri = uri
+        pager.store.catalog.execute("UPDATE pulls SET uri = ? WHERE id = ?", uri, self.id)
+
+    # -- its stream
+
+    async def run(self) -> None:
+        """Stream until nothing is lacking. Errors are told in ``trouble``, and it is tried again."""
+        pager = self._pulls.pager
+        for arrival in sorted(self.arrivals, key=lambda each: each.source.size):
+            while arrival.layer.id in pager.layers.arriving:
+                try:
+                    with trio.CancelScope() as self._streaming:
+                        await Stream(pager, arrival, self.throttle).run()
+                    if arrival.layer.id in pager.layers.arriving:
+                        await pager.complete(arrival.layer)
+                    self.trouble = ""
+                except (RamfsError, OSError) as exc:
+                    if str(exc) != self.trouble:
+                        self.trouble = str(exc)
+                        log.error("pull from %s: %s; trying again", self.uri, exc)
+                    await trio.sleep(_AGAIN)
+            self._pulls.arrivals.discard(arrival.layer.id)
+            with trio.CancelScope(shield=True):
+                await arrival.source.aclose()
+        self._pulls.finished(self)
+
+    def tidy(self) -> None:
+        """Stop to stream what was deleted."""
+        arriving = self._pulls.pager.layers.arriving
+        if all(each.layer.id not in arriving for each in self.arrivals):
+            self._streaming.cancel()
+
+    # -- what people see
+
+    def set_options(self, options: Options) -> None:
+        """Change them, for later daemons too."""
+        self.options = options
+        self.throttle.rate = options.rate
+        if options.paused:
+            self.throttle.pause()
+        else:
+            self.throttle.resume()
+        self._pulls.pager.store.catalog.execute(
+            "UPDATE pulls SET options = ? WHERE id = ?", json.dumps(_as_json(options)), self.id
+        )
+
+    def status(self) -> dict[str, Any]:
+        """For status.json; docs/format.md names the fields."""
+        total = here = zero = 0
+        for arrival in self.arrivals:
+            states = arrival.presence.states
+            total += len(states)
+            here += int(np.count_nonzero(states != ABSENT))
+            zero += int(np.count_nonzero(states == ZEROS))
+        counts = [arrival.counts for arrival in self.arrivals]
+        fetched = sum(each.fetched_bytes for each in counts)
+        bad = [source.state for _, source in self._sources if not source.state.ok]
+        full = next((arrival.trouble for arrival in self.arrivals if arrival.trouble), "")
+        state = "arriving"
+        error = full or self.trouble
+        if bad:
+            state, error = "waiting", str(bad[0].error)
+        elif error:
+            state = "waiting"
+        elif self.options.paused:
+            state = "paused"
+        faults = sum(each.demand_faults for each in counts)
+        return {
+            "id": self.id,
+            "source": self.uri,
+            "state": state,
+            "error": error,
+            "since": min((each.since for each in bad), default=None),
+            "attempts": sum(each.attempts for each in bad),
+            "verified": self.verified,
+            "total_bytes": total << PAGE_SHIFT,
+            "here_bytes": here << PAGE_SHIFT,
+            "zero_bytes": zero << PAGE_SHIFT,
+            "fetched_bytes": fetched,
+            "bytes_per_second": self._rate(fetched),
+            "demand_faults": faults,
+            "demand_seconds": round(sum(each.demand_seconds for each in counts), 6),
+            "demand_slowest_seconds": round(max((each.slowest for each in counts), default=0.0), 6),
+        }
+
+    def _rate(self, fetched: int) -> int:
+        now = time.monotonic()
+        self._samples = [each for each in self._samples if each[0] > now - _LATELY] + [(now, fetched)]
+        (began, before), (end, after) = self._samples[0], self._samples[-1]
+        return int((after - before) / (end - began)) if end > began else 0
+
+
+class Pulls:
+    """All pulls of a store that still lack something."""
+
+    def __init__(self, pager: Pager, arrivals: Arrivals, opener: Opener) -> None:
+        self.pager = pager
+        self.arrivals = arrivals
+        self.opener = opener
+        self.running: list[Pull] = []
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self) -> None:
+        """Go on with those of before, and with new ones, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            for pull in self.running:
+                nursery.start_soon(pull.run)
+            await trio.sleep_forever()
+
+    def restore(self) -> None:
+        """Take up what another daemon, or mount, has left. Before any request is answered."""
+        catalog = self.pager.store.catalog
+        for row in catalog.execute("SELECT * FROM pulls").fetchall():
+            options = Options(**json.loads(row["options"]))
+            pull = Pull(self, row["id"], InodeNumber(row["directory"]), row["uri"], options)
+            layers = catalog.execute("SELECT layer, name, size FROM arriving WHERE pull = ?", row["id"]).fetchall()
+            for layer in layers:
+                number = LayerId(layer["layer"])
+                pull.add(number, layer["name"], layer["size"], self.digests_of(number, layer["size"]))
+            self.running.append(pull)
+
+    def digests_of(self, layer: LayerId, size: int) -> File | None:
+        """The digests that a layer was promised to have, from its digest file; None if it has none."""
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            path = self.pager.layers.path(layer, "xxh3")
+            digests = np.memmap(path, np.uint8, "r", shape=(pages(size), DIGEST)) if size else np.zeros((0, DIGEST))
+            return File(size, np.asarray(digests, np.uint8))
+        return None
+
+    def begin(self, directory: InodeNumber, uri: str, options: Options, files: list[Incoming]) -> Pull:
+        """Let images, empty until now, have all that the source has. Call in a transaction; then :meth:`start`."""
+        catalog = self.pager.store.catalog
+        number = catalog.insert(
+            "INSERT INTO pulls (directory, uri, options, created) VALUES (?, ?, ?, ?)",
+            directory, uri, json.dumps(_as_json(options)), time.time_ns(),
+        )  # fmt: skip
+        pull = Pull(self, number, directory, uri, options)
+        added: list[tuple[LayerId, Incoming]] = []
+        for each in files:
+            if each.size == 0:
+                continue
+            layer = self.pager.begin_arrival(each.image, each.size, _wanted(each))
+            catalog.execute("INSERT INTO arriving VALUES (?, ?, ?, ?)", layer.id, number, each.name, each.size)
+            if each.digests is not None:
+                self._promise(layer.id, each.digests)
+            added.append((layer.id, each))
+        for layer_id, each in added:
+            file = None if each.digests is None else File(each.size, each.digests)
+            pull.add(layer_id, each.name, each.size, file)
+            catalog.on_rollback(functools.partial(self.arrivals.discard, layer_id))
+        return pull
+
+    def _promise(self, layer: LayerId, digests: Digests) -> None:
+        """Write what the digests of a layer will be."""
+        with open(self.pager.layers.path(layer, "xxh3"), "wb", opener=_private) as file:
+            file.write(digests.data)
+
+    def start(self, pull: Pull) -> None:
+        """Let a new pull stream."""
+        self.running.append(pull)
+        if self._nursery is not None:
+            self._nursery.start_soon(pull.run)
+
+    def finished(self, pull: Pull) -> None:
+        """Nothing is lacking any more."""
+        self.running.remove(pull)
+        catalog = self.pager.store.catalog
+        with catalog.transaction():
+            catalog.execute("DELETE FROM arriving WHERE pull = ?", pull.id)
+            catalog.execute("DELETE FROM pulls WHERE id = ?", pull.id)
+        log.info("all of %s is here", pull.uri)
+
+    def tidy(self) -> None:
+        """After garbage was collected: let go of what is not wanted any more."""
+        for pull in self.running:
+            pull.tidy()
+
+    def of_layers(self, layers: set[LayerId]) -> list[Pull]:
+        """The pulls that some layers arrive from."""
+        bases = {self.pager.layers[number].base for number in layers if number in self.pager.layers.by_id}
+        return [pull for pull in self.running if any(each.layer.id in bases for each in pull.arrivals)]
+
+    def status(self) -> list[dict[str, Any]]:
+        """For status.json."""
+        return [pull.status() for pull in self.running]
+
+
+def _wanted(incoming: Incoming) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
+    """Which pages are to arrive: by the digests not those that are only zeros; None for all."""
+    return None if incoming.digests is None else np.asarray(incoming.digests.any(axis=1), np.bool_)
+
+
+def _as_json(options: Options) -> dict[str, Any]:
+    return {"wait": options.wait, "rate": options.rate, "paused": options.paused}
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)

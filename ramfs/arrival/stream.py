@@ -1,0 +1,206 @@
+"""Fills arriving layers in the background, behind whoever waits for a page.
+
+What comes next: first the neighbourhood of the pages that were touched last, then all others from the beginning
+on. Asked for is only what is absent, not on its way, known to be more than zeros, and named by some table: what
+guests have overwritten or given back meanwhile is never fetched.
+"""
+
+from collections import deque
+from functools import partial
+from typing import Final
+
+import numpy as np
+import trio
+
+from ramfs.arrival.fetch import LARGEST, Arrival, together
+from ramfs.image.table import Mask, runs_of
+from ramfs.pager import Pager
+from ramfs.store.images import Image
+from ramfs.store.presence import ABSENT
+from ramfs.units import PAGE_SHIFT, LayerId, pages
+
+#: Pages that are looked at in one go: 64 MiB.
+_WINDOW: Final = 1 << 14
+#: Pages behind one that was touched that come before all others: 4 MiB.
+_AHEAD: Final = 1 << 10
+#: Touched places that are remembered.
+_TOUCHED: Final = 64
+#: Fetches at the same time, at most; and for how many seconds the source has work: what is touched on a slow line
+#: must not wait long behind it.
+_MOST: Final = 16
+_LEAD: Final = 0.05
+#: Seconds after which it is looked anew who names pages of the layer.
+_LOOK_AGAIN: Final = 0.1
+
+
+class Throttle:
+    """How fast the stream may go. ``rate`` is in bytes a second, 0 for no limit."""
+
+    def __init__(self, rate: int = 0) -> None:
+        self.rate = rate
+        self.go = trio.Event()
+        self.go.set()
+        self._free_at = 0.0
+
+    def pause(self) -> None:
+        """Let nothing be streamed until :meth:`resume`."""
+        if self.go.is_set():
+            self.go = trio.Event()
+
+    def resume(self) -> None:
+        """Go on."""
+        self.go.set()
+
+    @property
+    def paused(self) -> bool:
+        """Does the stream stand?"""
+        return not self.go.is_set()
+
+    async def wait(self, length: int) -> None:
+        """Until the next ``length`` bytes may be asked for."""
+        await self.go.wait()
+        if self.rate:
+            now = trio.current_time()
+            self._free_at = max(self._free_at, now - _LEAD)
+            wait, self._free_at = self._free_at - now, self._free_at + length / self.rate
+            if wait > 0:
+                await trio.sleep(wait)
+
+
+class Stream:
+    """What is left of one layer, on its way."""
+
+    def __init__(self, pager: Pager, arrival: Arrival, throttle: Throttle) -> None:
+        self._pager = pager
+        self._arrival = arrival
+        self._throttle = throttle
+        self._pieces: deque[tuple[int, int]] = deque()
+        self._cursor = 0
+        self._end = len(arrival.presence.states)
+        self._looking = trio.Lock()
+        self._began = 0.0
+        self._fetched = 0
+        self._users: list[Image] = []
+        self._names: dict[LayerId, int] = {}
+        self._look_again = 0.0
+
+    async def run(self) -> None:
+        """Return when all that tables name of the layer is here, or it is gone. Raises RamfsError, OSError."""
+        try:
+            while not await self._is_complete():
+                self._cursor, self._began, self._fetched = 0, trio.current_time(), 0
+                await together(partial(self._work, number) for number in range(_MOST))
+        finally:
+            self._let_go()
+
+    @property
+    def _gone(self) -> bool:
+        return self._arrival.layer.id not in self._pager.layers.arriving
+
+    async def _is_complete(self) -> bool:
+        for first in range(0, self._end, _WINDOW):
+            if self._gone:
+                return True
+            # On its way counts as lacking: the fetch may fail.
+            absent = self._arrival.presence.states[first : first + _WINDOW] == ABSENT
+            if (absent & self._named(first, first + len(absent))).any():
+                return False
+            await trio.lowlevel.checkpoint()
+        return True
+
+    async def _work(self, number: int) -> None:
+        """One of several that fetch at the same time."""
+        while not self._gone:
+            while number and number >= self._at_once():
+                if self._cursor >= self._end and not self._pieces:
+                    return
+                await trio.sleep(_LEAD)
+            piece = self._touched() or await self._next()
+            if piece is None:
+                return
+            await self._throttle.wait((piece[1] - piece[0]) << PAGE_SHIFT)
+            while self._arrival.waiting:
+                await self._arrival.idle.wait()
+            for run in self._lacking(*piece):  # some may have come meanwhile, or be wanted no more
+                for first, stop in self._arrival.unasked(*run):
+                    await self._arrival.fetch(first, stop)
+                    self._fetched += (stop - first) << PAGE_SHIFT
+
+    def _at_once(self) -> int:
+        """How many fetches keep the source busy for a moment, at the rate at which they came until now."""
+        spent = trio.current_time() - self._began
+        rate = self._fetched / spent if spent > 0 else 0.0
+        return min(_MOST, 2 + int(rate * _LEAD / LARGEST))
+
+    # -- what comes next
+
+    def _touched(self) -> tuple[int, int] | None:
+        """A piece behind a page that was touched lately."""
+        touched = self._arrival.touched
+        del touched[:-_TOUCHED]
+        while touched:
+            at = touched[-1]
+            pieces = self._arrival.pieces(self._lacking(at, min(at + _AHEAD, self._end)))
+            if pieces:
+                return pieces[0]
+            touched.pop()
+        return None
+
+    async def _next(self) -> tuple[int, int] | None:
+        """The next piece in order; None when the end is reached."""
+        while not self._pieces:
+            async with self._looking:
+                while not self._pieces and self._cursor < self._end:
+                    first, self._cursor = self._cursor, min(self._cursor + _WINDOW, self._end)
+                    await self._note_zeros(first, self._cursor)
+                    self._pieces.extend(self._arrival.pieces(self._lacking(first, self._cursor)))
+            if not self._pieces and self._cursor >= self._end:
+                return None
+        return self._pieces.popleft()
+
+    async def _note_zeros(self, first: int, stop: int) -> None:
+        """Ask the source what it has only zeros of."""
+        source = self._arrival.source
+        while first < stop and self._lacking(first, stop):
+            offset, end = first << PAGE_SHIFT, min(stop << PAGE_SHIFT, source.size)
+            extents = await source.extents(offset, end - offset)
+            for extent in extents:
+                low, high = extent.offset, extent.offset + extent.length
+                last = pages(high) if high >= source.size else high >> PAGE_SHIFT
+                if extent.zero and pages(low) < last:
+                    self._arrival.note_zeros(pages(low), last)
+            reached = extents[-1].offset + extents[-1].length
+            first = max(first + 1, pages(reached) if reached >= source.size else reached >> PAGE_SHIFT)
+
+    def _lacking(self, first: int, stop: int) -> list[tuple[int, int]]:
+        """The runs within a range that are absent, not on their way, and named by some table."""
+        runs = self._arrival.unasked(first, stop)
+        if not runs:
+            return []
+        named = self._named(first, stop)
+        return [(a + c, a + d) for a, b in runs for c, d in runs_of(named[a - first : b - first])]
+
+    def _named(self, first: int, stop: int) -> Mask:
+        """Which pages of the layer's file some table names, now."""
+        if trio.current_time() > self._look_again:
+            self._find_users()
+        found: Mask = np.zeros(stop - first, np.bool_)
+        for image in self._users:
+            for name, shift in self._names.items():
+                low, high = max(first - shift, 0), min(stop - shift, image.pages)
+                if low < high:
+                    found[low + shift - first : high + shift - first] |= image.table.entries[low:high] == name
+        return found
+
+    def _find_users(self) -> None:
+        """Look which images may name pages of the layer. (A new one names none that no other names already.)"""
+        layers, images, base = self._pager.layers, self._pager.images, self._arrival.layer.id
+        self._let_go()
+        self._names = {layer.id: layer.shift for layer in layers.by_id.values() if layer.base == base}
+        for number in images.naming(self._names):
+            self._users.append(images.acquire(number))
+        self._look_again = trio.current_time() + _LOOK_AGAIN
+
+    def _let_go(self) -> None:
+        while self._users:
+            self._pager.images.release(self._users.pop())

@@ -1,0 +1,94 @@
+"""What a URI names, as a directory of sources.
+
+nbd://, nbds://, nbd+unix://, nbds+unix://   the exports of a server, or the one that the URI names
+file:PATH                                    a local raw image, or the files of a directory
+fault:WORDS:URI                              any of these, failing on purpose (fault.py)
+"""
+
+import os
+from collections.abc import Callable
+from typing import Final
+
+import trio
+
+from ramfs.errors import SourceRefused, UsageError
+from ramfs.source.base import PageSource, SourceDirectory
+from ramfs.source.fault import PREFIX, FaultDirectory, Faults
+from ramfs.source.file import FileDirectory, FileSource
+from ramfs.source.nbd.uri import parse
+from ramfs.source.nbd_client import NbdDirectory
+
+_FILE: Final = "file:"
+
+
+class Opener:
+    """Opens directories by their URIs; faults go on where they were."""
+
+    def __init__(self, own_device: Callable[[], int | None] = lambda: None) -> None:
+        """``own_device`` tells the device number of a file system that no local file may be on (file.py)."""
+        self._own_device = own_device
+        self._faults: dict[str, Faults] = {}
+
+    async def __call__(self, uri: str) -> SourceDirectory:
+        """Raises UsageError, SourceError."""
+        if uri.startswith(PREFIX):
+            faults, rest = Faults.parse(uri)
+            words = uri[: len(uri) - len(rest)]
+            return FaultDirectory(await self(rest), self._faults.setdefault(words, faults))
+        if uri.startswith(_FILE):
+            path = uri.removeprefix(_FILE)
+            if not path.startswith("/"):
+                raise UsageError(f"{uri} does not name a file by its whole path: file:/PATH")
+            if await trio.to_thread.run_sync(os.path.isdir, path):
+                return FileDirectory(path, not_on=self._own_device())
+            return _OneFile(path, self._own_device())
+        parsed = parse(uri)
+        directory = NbdDirectory(parsed)
+        return _OneExport(directory, parsed.export) if parsed.export else directory
+
+
+class _OneExport:
+    """The export that a URI names."""
+
+    def __init__(self, directory: NbdDirectory, name: str) -> None:
+        self._directory = directory
+        self._name = name
+
+    @property
+    def description(self) -> str:
+        """What it is."""
+        return self._directory.description
+
+    async def names(self) -> list[str]:
+        """Its name."""
+        return [self._name]
+
+    async def open(self, name: str) -> PageSource:
+        """Open it, or another one."""
+        return await self._directory.open(name)
+
+    async def aclose(self) -> None:
+        """Close the directory."""
+        await self._directory.aclose()
+
+
+class _OneFile:
+    """A local file, as a directory with nothing else in it."""
+
+    def __init__(self, path: str, own_device: int | None) -> None:
+        self.description = path
+        self._name = os.path.basename(path)
+        self._own_device = own_device
+
+    async def names(self) -> list[str]:
+        """Its name."""
+        return [self._name]
+
+    async def open(self, name: str) -> PageSource:
+        """Open it. Raises SourceRefused."""
+        if name != self._name:
+            raise SourceRefused(f"{self.description} is one file, and has no {name}")
+        return await trio.to_thread.run_sync(lambda: FileSource(self.description, not_on=self._own_device))
+
+    async def aclose(self) -> None:
+        """Nothing is open."""

@@ -1,0 +1,90 @@
+"""Mounts that pull from real servers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from harness import Mount
+from mount.posix import eventually, pattern, status
+
+MB = 1 << 20
+
+
+@contextlib.contextmanager
+def nbdkit(socket: Path, *words: str | Path) -> Iterator[str]:
+    """nbdkit on a socket, with these words for filters and plugin; the URI without an export."""
+    socket.unlink(missing_ok=True)
+    process = subprocess.Popen(
+        ["nbdkit", "-f", "-r", "-U", socket, *words], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        eventually(socket.exists, "nbdkit listens")
+        yield f"nbd+unix:///?socket={socket}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def control(mount: Mount, command: dict[str, Any], patience: float = 30) -> dict[str, Any]:
+    """What comes of a command to `.ramfs/control`, when it has finished."""
+    with (mount.path / ".ramfs" / "control").open("r+b", buffering=0) as file:
+        file.write(json.dumps(command).encode())
+        deadline = time.monotonic() + patience
+        while True:
+            told: dict[str, Any] = json.loads(os.pread(file.fileno(), 1 << 16, 0))
+            if told["finished"]:
+                return told
+            assert time.monotonic() < deadline, f"{command} does not end"
+            time.sleep(0.005)
+
+
+def pull(mount: Mount, uri: str, name: str = "vm", **options: Any) -> dict[str, Any]:
+    """Pull into a directory at the root."""
+    told = control(mount, {"pull": {"uri": uri, "parent": "", "name": name, **options}})
+    assert told["error"] is None, told
+    return told
+
+
+def steer(mount: Mount, name: str, **change: Any) -> None:
+    """Change what arrives in a directory."""
+    told = control(mount, {"arrival": {"path": name, **change}})
+    assert told["error"] is None, told
+    assert told["pulls"] == 1
+
+
+def pulls(mount: Mount) -> list[dict[str, Any]]:
+    """Those that lack something."""
+    found: list[dict[str, Any]] = status(mount.path)["pulls"]
+    return found
+
+
+def wait_until_here(mount: Mount, patience: float = 30) -> None:
+    eventually(lambda: not pulls(mount), "all is here", patience)
+
+
+def counts(path: Path) -> dict[str, int]:
+    """The pages of a file by state."""
+    found: dict[str, int] = json.loads(os.getxattr(path, "user.ramfs.pages"))
+    return found
+
+
+def sparse_file(path: Path, mib: int, seed: int = 1) -> bytes:
+    """A file of which each fourth MiB is a hole, with a ragged end; its bytes."""
+    data = bytearray(pattern(mib * MB + 1234, seed))
+    for hole in range(3, mib, 4):
+        data[hole * MB : (hole + 1) * MB] = bytes(MB)
+    with path.open("wb") as file:
+        for at in range(mib):
+            if at % 4 != 3:
+                file.seek(at * MB)
+                file.write(data[at * MB : (at + 1) * MB])
+        file.seek(mib * MB)
+        file.write(data[mib * MB :])
+    return bytes(data)

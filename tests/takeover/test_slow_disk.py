@@ -1,0 +1,110 @@
+"""A daemon is killed while the disk of its store reads a page that somebody waits for."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import Mount
+from mount.posix import eventually, opened, pattern
+from power.disk import call, mounted_image
+from takeover.conftest import freed
+
+MB = 1 << 20
+
+
+class PausableDisk:
+    """A file that is served by nbdkit, and can be told not to answer. `with` serves it as the file `device`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.image = directory / "image"
+        self.control = directory / "control"
+        self.device = directory / "nbd" / "disk"
+
+    def __enter__(self) -> PausableDisk:
+        with self.image.open("wb") as file:
+            file.truncate(64 * MB)
+        call("mkfs.ext4", "-q", "-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0", "-J", "size=4", self.image)
+        self.device.parent.mkdir()
+        server = ["nbdkit", "-s", "--filter=pause", "file", self.image, f"pause-control={self.control}"]
+        self.process = subprocess.Popen(
+            ["nbdfuse", self.device, "--command", *server], stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        eventually(lambda: self.device.exists() and self.control.exists(), "the disk is there")
+        return self
+
+    def tell(self, word: bytes) -> None:
+        with socket.socket(socket.AF_UNIX) as control:
+            control.connect(str(self.control))
+            control.sendall(word)
+            assert control.recv(1) == word.upper()
+
+    def __exit__(self, *error: object) -> None:
+        subprocess.run(["umount", "-l", self.device.parent], capture_output=True, check=False)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[PausableDisk]:
+    with PausableDisk(tmp_path) as disk:
+        yield disk
+
+
+def test_a_read_that_waits_for_the_disk(disk: PausableDisk, tmp_path: Path) -> None:
+    """The kernel must not take the end of the daemon, in the middle of its reply, for the end of the page."""
+    data = pattern(4 * MB)
+    with mounted_image(disk.device, tmp_path / "ext4") as point, Mount(point / "store", tmp_path / "mnt") as mount:
+        mount.expect("ended by signal 9")
+        (mount.path / "f").write_bytes(data)
+        mount.restart()
+        mount.wait_until_supervised()
+        with opened(mount.path / "f") as fd, freed(mount):
+            os.pread(fd, 1, 0)  # the layer is open and mapped
+            for layer in (mount.store / "layers").glob("*.ram"):
+                with opened(layer) as file:
+                    os.fsync(file)
+                    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            read: list[bytes | OSError] = []
+
+            def reader() -> None:
+                # Past the page cache: there the kernel tries a second time.
+                with opened(mount.path / "f", os.O_RDONLY | os.O_DIRECT) as direct, mmap.mmap(-1, 4096) as page:
+                    try:
+                        os.preadv(direct, [page], 3 * MB)
+                        read.append(page[:])
+                    except OSError as error:
+                        read.append(error)
+
+            thread = threading.Thread(target=reader)
+            pid = mount.pid
+            disk.tell(b"p")
+            try:
+                thread.start()
+                wait_for_disk(pid)
+                mount.kill_daemon()
+            finally:
+                disk.tell(b"r")
+            thread.join()
+            assert read == [data[3 * MB : 3 * MB + 4096]]
+
+
+def wait_for_disk(pid: int) -> None:
+    """Until a process sleeps in the kernel and cannot be woken by any signal but the last."""
+
+    def waits() -> bool:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "D"
+
+    eventually(waits, "the daemon waits for the disk")
+    time.sleep(0.05)
+    assert waits()
