@@ -551,6 +551,23 @@ class OpenStatus:
         os.close(fd)
 
 
+def frozen_manifest(here: Path) -> Path:
+    file(here)
+    (here / ".snap" / "s").mkdir()
+    return here / ".snap" / "s" / "ramfs.manifest"
+
+
+@case(Request.OPEN, frozen_manifest)
+class OpenManifest:
+    def act(self, here, path):
+        return os.open(path, os.O_RDONLY)
+
+    def check(self, here, path, fd):
+        assert len(os.pread(fd, 1 << 20, 0)) == os.fstat(fd).st_size == 48 + 32 + 4 * 16
+        os.close(fd)
+        path.parent.rmdir()
+
+
 @case(Request.FLUSH, lambda here: os.open(file(here), os.O_RDWR))
 class Flush:
     def act(self, here, fd):
