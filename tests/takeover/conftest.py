@@ -121,9 +121,9 @@ def freed(mount: Mount, patience: float = PATIENCE) -> Iterator[None]:
         timer.cancel()
 
 
-def drop_caches() -> None:
-    """Let the kernel forget names and inodes that nobody uses."""
-    Path("/proc/sys/vm/drop_caches").write_text("2")
+def drop_caches(what: str = "2") -> None:
+    """Let the kernel forget names and inodes that nobody uses; "1": pages of files."""
+    Path("/proc/sys/vm/drop_caches").write_text(what)
 
 
 def fsck(store: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import socket
@@ -15,7 +16,7 @@ import pytest
 from harness import Mount
 from mount.posix import eventually, opened, pattern
 from power.disk import call, mounted_image
-from takeover.conftest import freed
+from takeover.conftest import drop_caches, freed
 
 MB = 1 << 20
 
@@ -72,9 +73,7 @@ def test_a_read_that_waits_for_the_disk(disk: PausableDisk, tmp_path: Path) -> N
         with opened(mount.path / "f") as fd, freed(mount):
             os.pread(fd, 1, 0)  # the layer is open and mapped
             for layer in (mount.store / "layers").glob("*.ram"):
-                with opened(layer) as file:
-                    os.fsync(file)
-                    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+                eventually(lambda layer=layer: not is_cached(layer, 3 * MB), "the page is on disk alone")
             read: list[bytes | OSError] = []
 
             def reader() -> None:
@@ -97,6 +96,19 @@ def test_a_read_that_waits_for_the_disk(disk: PausableDisk, tmp_path: Path) -> N
                 disk.tell(b"r")
             thread.join()
             assert read == [data[3 * MB : 3 * MB + 4096]]
+
+
+def is_cached(path: Path, offset: int) -> bool:
+    """Is a page in the page cache still, after it was asked to go?"""
+    with opened(path) as fd:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        drop_caches("1")  # what is still on its way to the lists of the kernel is left by the call before
+        with mmap.mmap(fd, 4096, mmap.MAP_PRIVATE, offset=offset) as page:
+            here = ctypes.c_ubyte()
+            start = ctypes.addressof(ctypes.c_char.from_buffer(page))
+            assert ctypes.CDLL(None).mincore(ctypes.c_void_p(start), ctypes.c_size_t(4096), ctypes.byref(here)) == 0
+    return bool(here.value & 1)
 
 
 def wait_for_disk(pid: int) -> None:
