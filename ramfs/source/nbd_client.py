@@ -453,7 +453,8 @@ class _Lane:
         if self._failure is None:
             self._failure = error
             self.connection.close()
-            trio.lowlevel.notify_closing(self._socket)
+            if self._socket.fileno() >= 0:
+                trio.lowlevel.notify_closing(self._socket)
             self._socket.close()
             self._memory.close()
             for event in chain(self._waiting.values(), self._queueing.values()):
@@ -613,6 +614,8 @@ def _reason(error: BaseException) -> str:
         cause = cause.exceptions[0]
     if isinstance(cause, OSError):
         return _reason(cause)
+    if isinstance(error, OSError) and error.errno and not isinstance(error, socket.gaierror | ssl.SSLError):
+        return os.strerror(error.errno)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -322,7 +322,7 @@ class Connection:
         command = self.receiving
         if command is None:
             raise error
-        command.error = command.error or error
+        command.error = command.error or error.with_traceback(None)  # whose frames hold the memory
         self._spill(command)
 
     def _spill(self, command: Command) -> None:
@@ -480,7 +480,7 @@ class Connection:
                 try:
                     self._clear(command.view[start:stop])
                 except OSError as error:
-                    command.error = command.error or error
+                    command.error = command.error or error.with_traceback(None)
                     command.view = None
         elif kind == Chunk.NONE:
             if not flags & codec.DONE:

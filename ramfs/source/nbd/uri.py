@@ -22,7 +22,6 @@ PORT: Final = 10809
 
 _SCHEMES: Final = {"nbd": (False, False), "nbds": (True, False), "nbd+unix": (False, True), "nbds+unix": (True, True)}
 _MAX_SOCKET: Final = 107  # bytes in sun_path
-_HOST = re.compile(r"[\w.~!$&'()*+,;=-]+", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -89,8 +88,10 @@ def _parse(text: str) -> NbdUri:
     if not tls and (values.keys() & {"tls-certificates", "tls-hostname"}):
         raise ValueError("it has parameters for TLS, and its scheme is one without; use nbds:// or nbds+unix://")
     certificates, hostname = values.get("tls-certificates", ""), values.get("tls-hostname", "")
-    if "\0" in certificates + hostname:
-        raise ValueError("a parameter holds a NUL")
+    if "\0" in certificates:
+        raise ValueError("the parameter tls-certificates holds a NUL")
+    if hostname:
+        _check_host(hostname)
     uri = NbdUri(export=export, tls=tls, certificates=certificates, hostname=hostname)
     socket = values.get("socket", "")
     if local:
@@ -128,13 +129,23 @@ def _authority(authority: str) -> tuple[str, int]:
         host = _decoded(name, "the host")
         if not host:
             raise ValueError("it names no host")
-        if not _HOST.fullmatch(host):
-            raise ValueError(f"{host!a} is not the name of a host")
+        _check_host(host)
     if not number:
         return host, PORT
     if not re.fullmatch(r"[0-9]{1,5}", number) or not 0 < int(number) < 1 << 16:
         raise ValueError(f"{number!a} is not a port (1 to 65535)")
     return host, int(number)
+
+
+def _check_host(name: str) -> None:
+    try:
+        name.encode("idna")  # empty and overlong labels; what asks for an address or a certificate does the same
+    except UnicodeError:
+        known = False
+    else:
+        known = re.fullmatch(r"[\w.:~!$&'()*+,;=-]+", name, re.ASCII) is not None
+    if not known:
+        raise ValueError(f"{name!a} is not the name of a host")
 
 
 def _query(query: str) -> dict[str, str]:
