@@ -357,7 +357,9 @@ class _Lane:
         patience = oldest + self._limits.patience
         with trio.CancelScope(deadline=min(silence, patience)) as self._pause:
             await self._ready()
-        if self._pause.cancelled_caught and not self._leaving:
+        if self._pause.cancelled_caught:
+            if trio.current_time() < self._pause.deadline:  # something else to look at
+                return
             if silence <= patience:
                 raise self._fail(SourceLost(f"has said nothing for {self._limits.silence:g} s"))
             raise self._fail(SourceLost(f"has left a request unanswered for {self._limits.patience:g} s"))
@@ -382,7 +384,7 @@ class _Lane:
     def _send(self) -> None:
         """Send what there is to send, as far as the socket takes it; whoever drives sends the rest."""
         self._outgoing += self.connection.data_to_send()
-        self._blocked = False
+        known, self._blocked = self._blocked, False
         while self._outgoing:
             try:
                 del self._outgoing[: self._socket.send(self._outgoing)]
@@ -390,6 +392,8 @@ class _Lane:
                 return
             except (BlockingIOError, ssl.SSLWantWriteError):
                 self._blocked = True
+                if not known:
+                    self._pause.cancel()
                 return
             except OSError as error:
                 raise self._fail(_why(error)) from error
@@ -466,7 +470,6 @@ class _Lane:
 
         There are servers that crash when a client goes while they reply (nbdkit 1.32), and other clients with them.
         """
-        await trio.lowlevel.checkpoint_if_cancelled()
         if self._failure is None and not self._leaving:
             self._leaving = True
             commands = self.connection.commands
@@ -485,7 +488,8 @@ class _Lane:
                 pass
             finally:
                 self.close()
-        await trio.lowlevel.cancel_shielded_checkpoint()
+        else:
+            await trio.lowlevel.checkpoint()
 
     def close(self) -> None:
         """Say goodbye, if that can be said at once, and close."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import random
 import socket
 import struct
@@ -298,6 +300,83 @@ async def test_a_dead_server_is_noticed_by_impatient_readers() -> None:
 # --- many reads ---
 
 
+class Holding(Peer):
+    """Holds back the replies to reads below 4096, until one at RELEASE is asked for, or `most` are held."""
+
+    RELEASE = 8192
+
+    def __init__(self, most: int = 1 << 30) -> None:
+        super().__init__(CONTENTS)
+        self.held = b""
+        self.count = 0
+        self.most = most
+
+    def request(self, number: int, cookie: int, offset: int, length: int) -> bytes:
+        reply = super().request(number, cookie, offset, length)
+        if offset < 4096:
+            self.held += reply
+            self.count += 1
+            reply = b""
+        if offset == self.RELEASE or self.count == self.most:
+            reply, self.held = self.held + reply, b""
+        return reply
+
+
+@on_trio
+async def test_who_receives_is_cancelled_together_with_who_would_be_next() -> None:
+    with room() as at, serving(Holding, at / "s"):
+        async with opened(uri_of(at / "s")) as source:
+            for _ in range(20):  # the order in which the two learn of it is chance
+                scopes = [trio.CancelScope(), trio.CancelScope()]
+
+                async def cancelled(scope: trio.CancelScope) -> None:
+                    with scope:
+                        await read(source, 0, 512)
+
+                async def kept() -> None:
+                    assert await read(source, 512, 512) == CONTENTS[512:1024]
+
+                async with trio.open_nursery() as nursery:
+                    for reader in (*(functools.partial(cancelled, scope) for scope in scopes), kept):
+                        nursery.start_soon(reader)
+                        await trio.testing.wait_all_tasks_blocked()
+                    for scope in scopes:
+                        scope.cancel()
+                    await trio.testing.wait_all_tasks_blocked()
+                    # On the same connection: its reply is received only if somebody has taken the turn.
+                    lane = source._lanes[0]
+                    assert lane._driven
+                    await read(source, Holding.RELEASE, 512)
+
+
+@on_trio
+async def test_a_cancelled_read_lets_go_of_its_memory() -> None:
+    with room() as at, serving(Holding, at / "s"):
+        async with opened(uri_of(at / "s")) as source:
+            memory = bytearray(512)
+            with trio.move_on_after(0.02):
+                await source.read_into(0, memoryview(memory))
+            # trio keeps the Cancelled, whose traceback has the frames of the read, until the task's next checkpoint.
+            await trio.lowlevel.checkpoint()
+            gc.collect()
+            memory.append(1)  # BufferError if it were held
+            assert await read(source, Holding.RELEASE, 512) == CONTENTS[8192:8704]
+            assert memory == bytes(512) + b"\1"
+
+
+@on_trio
+async def test_who_waits_for_a_turn_gets_it_with_the_next_reply() -> None:
+    """Also while the one who receives for all goes on waiting for its own."""
+    with room() as at, serving(Holding, at / "s"):
+        async with opened(uri_of(at / "s"), requests=2) as source, trio.open_nursery() as nursery:
+            nursery.start_soon(read, source, 0, 512)
+            await trio.testing.wait_all_tasks_blocked()
+            async with trio.open_nursery() as others:
+                for number in range(10):
+                    others.start_soon(read, source, 16384 + 512 * number, 512)
+            await read(source, Holding.RELEASE, 512)
+
+
 @pytest.mark.parametrize("requests", [1, 3, 64])
 @on_trio
 async def test_a_storm_of_reads_and_cancellations(requests: int) -> None:
@@ -349,13 +428,13 @@ async def test_closing_ends_reads_at_once() -> None:
 
 @on_trio
 async def test_requests_that_the_socket_does_not_take() -> None:
-    """A server that does not read for a while: requests wait, in order, and go on when it reads."""
+    """A server that does not read for a while, and does not reply before it has all: the rest is sent as it reads."""
     with room() as at:
         listening = socket.socket(socket.AF_UNIX)
         listening.bind(str(at / "s"))
         listening.listen()
         go = threading.Event()
-        peer = Peer(CONTENTS)
+        peer = Holding(most=1000)
 
         def serve() -> None:
             sock, _ = listening.accept()
@@ -371,7 +450,7 @@ async def test_requests_that_the_socket_does_not_take() -> None:
         thread.start()
         try:
             async with opened(uri_of(at / "s"), requests=5000) as source:
-                # A Unix socket takes a message a kilobyte of room, so this is more than fits.
+                # Each message takes up almost a kilobyte of it.
                 source._lanes[0]._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)
                 good = []
 
@@ -380,15 +459,36 @@ async def test_requests_that_the_socket_does_not_take() -> None:
 
                 async with trio.open_nursery() as nursery:
                     for number in range(1000):
-                        nursery.start_soon(one, number * 10)
+                        nursery.start_soon(one, number * 4)
                     await trio.testing.wait_all_tasks_blocked()
                     assert source._lanes[0]._outgoing
                     go.set()
                 assert good == [True] * 1000
         finally:
             go.set()
+            with contextlib.suppress(OSError):
+                listening.shutdown(socket.SHUT_RDWR)
             thread.join()
             listening.close()
+
+
+@on_trio
+async def test_closing_by_one_who_is_cancelled() -> None:
+    """Gives up what is due, and closes all the same."""
+    with room() as at, serving(Holding, at / "s"):
+        source = await NbdDirectory(uri_of(at / "s")).open("")
+        async with trio.open_nursery() as nursery:
+
+            async def one() -> None:
+                with pytest.raises(SourceLost, match="is closed"):
+                    await read(source, 0, 512)
+
+            nursery.start_soon(one)
+            await trio.testing.wait_all_tasks_blocked()
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await source.aclose()
+        assert source._lanes[0]._socket.fileno() == -1
 
 
 @on_trio
