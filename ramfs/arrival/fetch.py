@@ -10,10 +10,12 @@ first into the layer's file, then the states of their pages change: a killed dae
 here already, never the other way round.
 """
 
+import contextlib
 import errno
 import logging
 import mmap
-from collections.abc import Awaitable, Callable, Iterable
+import os
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
@@ -24,7 +26,7 @@ import trio
 from ramfs.image.pages import nonzero_pages
 from ramfs.image.table import NORESERVE, Mask, runs_of
 from ramfs.pager import Absent, Pager
-from ramfs.source.base import PageSource
+from ramfs.source.base import PageSource, Rest, read_soon
 from ramfs.store.layers import Layer
 from ramfs.store.presence import ABSENT, STORED, ZEROS, Presence
 from ramfs.units import PAGE, PAGE_SHIFT, LayerId
@@ -33,6 +35,9 @@ log = logging.getLogger(__name__)
 
 #: Bytes of the largest fetch: a buffer of that size stays in the processor's cache between socket and file.
 LARGEST: Final = 256 << 10
+#: Seconds that a fetch may keep everything else waiting, where that is usually enough: a reply over loopback takes
+#: less than to let another task have its turn, and come back.
+_GLANCE: Final = 150e-6 if (os.cpu_count() or 1) > 1 else 0.0
 #: Seconds between attempts to store pages for which the store has no room.
 _FULL_AGAIN: Final = 1.0
 
@@ -80,6 +85,8 @@ class Arrival:
         self._memory = mmap.mmap(-1, len(self.presence.states), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
         self._asked: Mask = np.frombuffer(self._memory, np.bool_)
         self._buffers: list[mmap.mmap] = []
+        self._usual = 0.0
+        """seconds that somebody waits, of late"""
         self._most = max(PAGE, min(LARGEST, source.maximum)) >> PAGE_SHIFT
 
     # -- what is to be fetched
@@ -93,13 +100,46 @@ class Arrival:
         """Runs of pages, cut into what one fetch may bring."""
         return [(a, min(a + self._most, stop)) for first, stop in runs for a in range(first, stop, self._most)]
 
+    def bring_soon(self, first: int, stop: int) -> Rest | None:
+        """Have pages ``[first, stop)`` here. None if they are when it returns; else what is to be awaited for that.
+
+        Where replies usually come in a moment that is waited for, as read_soon of source/base.py does.
+        """
+        pieces = self.pieces(self.unasked(first, stop))
+        alone = len(pieces) == 1 and not self._asked[first:stop].any()
+        if not alone or self._usual > _GLANCE or self._is_loose(*pieces[0]):
+            return partial(self.bring, first, stop)
+        flight, buffer, view = self._take_off(*pieces[0])
+        began = trio.current_time()
+        rest = read_soon(self.source, flight.first << PAGE_SHIFT, view, _GLANCE)
+        if rest is not None:
+            return partial(self._finish, rest, flight, buffer, view, (began, first, stop))
+        try:
+            self._write(flight.first, self._padded(flight, buffer, view))
+        except OSError:  # a full store: that may be a longer wait
+            return partial(self._finish, _nothing, flight, buffer, view, (began, first, stop))
+        self._arrived(flight, buffer)
+        self._count(trio.current_time() - began, stop)
+        return None
+
+    async def _finish(
+        self, rest: Rest, flight: _Flight, buffer: mmap.mmap, view: memoryview, wanted: tuple[float, int, int]
+    ) -> None:
+        """What is left of a fetch that was begun by :meth:`bring_soon`."""
+        began, first, stop = wanted
+        with self._waits(began, stop):
+            try:
+                await rest()
+                await self._store(flight.first, self._padded(flight, buffer, view))
+            finally:
+                self._arrived(flight, buffer)
+        await self.bring(first, stop)  # they may be more than one fetch
+
     async def bring(self, first: int, stop: int) -> None:
         """Return when pages ``[first, stop)`` are here. Raises SourceError, OSError."""
-        began = trio.current_time()
-        self.waiting += 1
-        if self.waiting == 1:
-            self.idle = trio.Event()
-        try:
+        if self.presence.here(first, stop):
+            return
+        with self._waits(trio.current_time(), stop):
             while not self.presence.here(first, stop):
                 pieces = self.pieces(self.unasked(first, stop))
                 if len(pieces) == 1:
@@ -109,35 +149,67 @@ class Arrival:
                 else:
                     flight = next(each for each in self._flights if each.first < stop and first < each.stop)
                     await flight.landed.wait()
+
+    @contextlib.contextmanager
+    def _waits(self, began: float, stop: int) -> Iterator[None]:
+        """Somebody waits for pages up to ``stop``."""
+        self.waiting += 1
+        if self.waiting == 1:
+            self.idle = trio.Event()
+        try:
+            yield
         finally:
             self.waiting -= 1
             if self.waiting == 0:
                 self.idle.set()
-            took = trio.current_time() - began
-            counts = self.counts
-            counts.demand_faults += 1
-            counts.demand_seconds += took
-            counts.slowest = max(counts.slowest, took)
-            self.touched.append(stop)
+            self._count(trio.current_time() - began, stop)
+
+    def _count(self, took: float, stop: int) -> None:
+        counts = self.counts
+        counts.demand_faults += 1
+        counts.demand_seconds += took
+        counts.slowest = max(counts.slowest, took)
+        self._usual += (took - self._usual) / 8
+        self.touched.append(stop)
+
+    def _is_loose(self, first: int, stop: int) -> bool:
+        """Is it a range that the source does not give as it is?"""
+        end = min(stop << PAGE_SHIFT, self.source.size)
+        align = self.source.alignment - 1
+        return bool((first << PAGE_SHIFT) & align or (end & align and end != self.source.size))
 
     async def fetch(self, first: int, stop: int, *, urgent: bool = False) -> None:
         """Fetch pages that are absent and not on their way. Raises SourceError, OSError."""
+        flight, buffer, view = self._take_off(first, stop)
+        try:
+            await self._read(first << PAGE_SHIFT, view, urgent)
+            await self._store(first, self._padded(flight, buffer, view))
+        finally:
+            self._arrived(flight, buffer)
+
+    def _take_off(self, first: int, stop: int) -> tuple[_Flight, mmap.mmap, memoryview]:
+        """Note that pages are on their way; a buffer for them, and the part of it that the source is to fill."""
         flight = _Flight(first, stop)
         self._flights.append(flight)
         self._asked[first:stop] = True
         buffer = self._buffers.pop() if self._buffers else mmap.mmap(-1, LARGEST)
-        try:
-            length = min(stop << PAGE_SHIFT, self.source.size) - (first << PAGE_SHIFT)
-            await self._read(first << PAGE_SHIFT, memoryview(buffer)[:length], urgent)
-            if length & (PAGE - 1):
-                buffer[length : (stop - first) << PAGE_SHIFT] = bytes(-length & (PAGE - 1))
-            self.counts.fetched_bytes += (stop - first) << PAGE_SHIFT
-            await self._store(first, memoryview(buffer)[: (stop - first) << PAGE_SHIFT])
-        finally:
-            self._buffers.append(buffer)
-            self._asked[first:stop] = False
-            self._flights.remove(flight)
-            flight.landed.set()
+        length = min(stop << PAGE_SHIFT, self.source.size) - (first << PAGE_SHIFT)
+        return flight, buffer, memoryview(buffer)[:length]
+
+    def _padded(self, flight: _Flight, buffer: mmap.mmap, view: memoryview) -> memoryview:
+        """What came, as whole pages."""
+        whole = (flight.stop - flight.first) << PAGE_SHIFT
+        if len(view) < whole:
+            buffer[len(view) : whole] = bytes(whole - len(view))
+        self.counts.fetched_bytes += whole
+        return memoryview(buffer)[:whole]
+
+    def _arrived(self, flight: _Flight, buffer: mmap.mmap) -> None:
+        """They are not on their way any more, whether they came or not."""
+        self._buffers.append(buffer)
+        self._asked[flight.first : flight.stop] = False
+        self._flights.remove(flight)
+        flight.landed.set()
 
     async def _read(self, offset: int, view: memoryview, urgent: bool) -> None:
         align = self.source.alignment
@@ -186,6 +258,10 @@ class Arrival:
             self.pager.images.unsynced.add(self.layer.id)
 
 
+async def _nothing() -> None:
+    """For a read that is complete."""
+
+
 async def together(jobs: Iterable[Callable[[], Awaitable[None]]]) -> None:
     """Do them at the same time. The first error ends the others, and is raised."""
     failed: list[Exception] = []
@@ -232,6 +308,13 @@ class Arrivals:
                 await arrival.bring(absent.first, absent.stop)
                 return
             await self._more.wait()  # its source is just being opened
+
+    def bring_soon(self, absent: list[Absent]) -> Rest | None:
+        """As :meth:`bring_all`, but at once if that takes a moment only: then None."""
+        arrival = self._by_layer.get(absent[0].layer) if len(absent) == 1 else None
+        if arrival is None:
+            return partial(self.bring_all, absent)
+        return arrival.bring_soon(absent[0].first, absent[0].stop)
 
     async def bring_all(self, absent: list[Absent]) -> None:
         """As :meth:`bring`, of several at once."""

@@ -37,6 +37,7 @@ from ramfs.ledger import OPENER, Held, Kind, Ledger, Record, inode_numbers
 from ramfs.namespace import CONTROL_XATTR, Caller, Inode, Namespace, Opener
 from ramfs.pager import Absent, Pager, Plan
 from ramfs.ramblock import temporary_name
+from ramfs.source.base import Rest
 from ramfs.store.files import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
 from ramfs.store.images import Image
 from ramfs.store.outcomes import REQUEST
@@ -191,14 +192,20 @@ class Operations(pyfuse3.Operations):
     def absent_now(self, handle: int, offset: int, size: int) -> int | None:
         """Of a READ that has met absent pages: it is answered later (None), or -errno."""
         try:
-            trio.lowlevel.spawn_system_task(self._read_on, self._images[handle], offset, size, native.later())
+            image = self._images[handle]
+            rest = self.arrivals.bring_soon(self.pager.absent(image, offset, size))
+            token = native.later()
+            if rest is not None or not native.reply(token, self.pager.plan(image, offset, size) or b""):
+                trio.lowlevel.spawn_system_task(self._read_on, image, offset, size, rest, token)
             return None
         except Exception as exc:
             return self._failed(exc, "read", handle, offset, size)
 
-    async def _read_on(self, image: Image, offset: int, size: int, token: object) -> None:
+    async def _read_on(self, image: Image, offset: int, size: int, rest: Rest | None, token: object) -> None:
         """Answer a READ when its pages are here."""
         try:
+            if rest is not None:
+                await rest()
             while not native.reply(token, self.pager.plan(image, offset, size) or b""):
                 await self.arrivals.bring_all(self.pager.absent(image, offset, size))
         except Exception as exc:

@@ -4,6 +4,8 @@ All coroutines are trio's. What they raise is a SourceError, of the class that s
 or trio.Cancelled.
 """
 
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import NamedTuple, Protocol
 
 
@@ -49,6 +51,22 @@ class PageSource(Protocol):
 
     async def aclose(self) -> None:
         """Let go of everything. Reads that are not complete by then raise SourceLost. Closing twice is no harm."""
+
+
+#: What is left of a read that was begun: awaited, it fills the buffer or raises, as ``read_into`` does.
+Rest = Callable[[], Awaitable[object]]
+
+
+def read_soon(source: PageSource, offset: int, buffer: memoryview, patience: float) -> Rest | None:
+    """Begin an urgent read, and look for the reply for ``patience`` seconds in which no other task has its turn.
+
+    None if the buffer is filled; else what is still to be awaited, always. A reply over loopback takes less time than
+    to put a task to sleep and wake it. Sources that can do so have a method of this name; of others all is left.
+    """
+    begin: Callable[[int, memoryview, float], Rest | None] | None = getattr(source, "read_soon", None)
+    if begin is None or len(buffer) > source.maximum:
+        return partial(read_whole, source, offset, buffer, urgent=True)
+    return begin(offset, buffer, patience)
 
 
 async def read_whole(source: PageSource, offset: int, buffer: memoryview, *, urgent: bool = False) -> None:

@@ -14,16 +14,18 @@ import mmap
 import os
 import socket
 import ssl
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Final
 
 import trio
 
 from ramfs.errors import SourceBroken, SourceChanged, SourceError, SourceLost, SourceRefused
-from ramfs.source.base import Extent
+from ramfs.source.base import Extent, Rest
 from ramfs.source.nbd.connection import MAX_EXTENTS, Command, Connection
 from ramfs.source.nbd.states import Goal, State
 from ramfs.source.nbd.uri import NbdUri, parse
@@ -138,16 +140,27 @@ class NbdSource:
 
         :raises ValueError: the range is not one that this export has, or not aligned, or too long.
         """
-        length = len(buffer)
-        end = offset + length
-        loose = offset % self.alignment or (end % self.alignment and end != self.size)
-        if not 0 <= offset <= end <= self.size or length > self.maximum or loose:
-            raise ValueError(f"bytes {offset} to {end} of {self.description} cannot be read at once")
-        if not length:
+        self._check_range(offset, len(buffer))
+        if not len(buffer):
             await trio.lowlevel.checkpoint()
             return
         lane = self._urgent if urgent else self._calmest()
         await lane.perform(lambda connection: connection.read(offset, buffer))
+
+    def _check_range(self, offset: int, length: int) -> None:
+        end = offset + length
+        loose = offset % self.alignment or (end % self.alignment and end != self.size)
+        if not 0 <= offset <= end <= self.size or length > self.maximum or loose:
+            raise ValueError(f"bytes {offset} to {end} of {self.description} cannot be read at once")
+
+    def read_soon(self, offset: int, buffer: memoryview, patience: float) -> Rest | None:
+        """See ramfs.source.base.read_soon."""
+        self._check_range(offset, len(buffer))
+        lane = self._urgent
+        if not len(buffer) or lane.busy:
+            return partial(self.read_into, offset, buffer, urgent=True)
+        command = lane.begin(lambda connection: connection.read(offset, buffer), patience)
+        return None if command.settled and command.error is None else partial(lane.finish, command)
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         """What the server's ``base:allocation`` says of at most the next 64 MiB; nothing where it has none."""
@@ -271,6 +284,28 @@ class _Lane:
             self._check()
         command = ask(self.connection)
         command.since = trio.current_time()
+        return await self.finish(command)
+
+    @property
+    def busy(self) -> bool:
+        """Does anybody wait for a reply here, or is it of no use any more?"""
+        return bool(self._driven or self.connection.commands or self._failure is not None or self._leaving)
+
+    def begin(self, ask: Callable[[Connection], Command], patience: float) -> Command:
+        """Make a request while the connection is not busy, and receive for so many seconds. Then :meth:`finish` it."""
+        command = ask(self.connection)
+        command.since = trio.current_time()
+        until = time.perf_counter() + patience
+        with suppress(SourceError):  # which those who finish it are told
+            self._send()
+            while not command.settled and time.perf_counter() < until:
+                count = self._receive()
+                if count is not None:
+                    self._take_in(count)
+        return command
+
+    async def finish(self, command: Command) -> Command:
+        """Wait for the reply to a request that was made. Raises as :meth:`perform`."""
         try:
             self._send()
             while not command.settled:

@@ -10,12 +10,13 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, NamedTuple
 
 import trio
 
 from ramfs.errors import SourceChanged, SourceCorrupt, SourceError, SourceLost
-from ramfs.source.base import Extent, PageSource, read_whole
+from ramfs.source.base import Extent, PageSource, Rest, read_soon, read_whole
 from ramfs.units import PAGE
 
 #: Opens the source anew, perhaps wrapped.
@@ -122,6 +123,22 @@ class RetrySource:
             await read_whole(source, offset, buffer, urgent=urgent)
 
         await self._persist(read)
+
+    def read_soon(self, offset: int, buffer: memoryview, patience: float) -> Rest | None:
+        """See ramfs.source.base.read_soon."""
+        anew = partial(self.read_into, offset, buffer, urgent=True)
+        if self._source is None or not self.state.ok:
+            return anew
+        rest = read_soon(self._source, offset, buffer, patience)
+
+        async def finish() -> None:
+            if rest is not None:
+                try:
+                    await rest()
+                except SourceError:
+                    await anew()  # which finds out what is wrong
+
+        return None if rest is None else finish
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         """As the source says, however long it takes. Raises as ``read_into``."""

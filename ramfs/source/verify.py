@@ -1,6 +1,7 @@
 """A source whose pages are compared with the digests of a manifest, so that no wrong one is given out."""
 
 import itertools
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -9,7 +10,7 @@ import trio
 from ramfs.errors import SourceChanged, SourceCorrupt
 from ramfs.image.digest import DIGEST, KNOWN_LOST, KNOWN_ZERO, ZERO_DIGEST, digest_padded
 from ramfs.image.table import Mask, runs_of
-from ramfs.source.base import Extent, PageSource, read_whole
+from ramfs.source.base import Extent, PageSource, Rest, read_soon, read_whole
 from ramfs.source.manifest import Digests, File
 from ramfs.units import PAGE, PAGE_SHIFT, pages
 
@@ -69,12 +70,32 @@ class VerifiedSource:
             raise SourceCorrupt(f"{self.description}: page {page} of {self._name} {why}")
         self.verified += len(buffer)
 
+    def read_soon(self, offset: int, buffer: memoryview, patience: float) -> Rest | None:
+        """See ramfs.source.base.read_soon."""
+        if len(buffer) > _IN_THREAD:
+            return partial(self.read_into, offset, buffer, urgent=True)
+        rest = read_soon(self._source, offset, buffer, patience)
+        if rest is None and not self._wrong(offset, buffer, digest_padded(buffer)):
+            self.verified += len(buffer)
+            return None
+
+        async def finish() -> None:
+            if rest is not None:
+                await rest()
+                if not self._wrong(offset, buffer, digest_padded(buffer)):
+                    self.verified += len(buffer)
+                    return
+            await self.read_into(offset, buffer, urgent=True)
+
+        return finish
+
     async def _compare(self, offset: int, buffer: memoryview) -> list[tuple[int, int]]:
         """The byte ranges that are wrong; they begin and end where a read may."""
         if len(buffer) > _IN_THREAD:
-            found = await trio.to_thread.run_sync(digest_padded, buffer)
-        else:
-            found = digest_padded(buffer)
+            return self._wrong(offset, buffer, await trio.to_thread.run_sync(digest_padded, buffer))
+        return self._wrong(offset, buffer, digest_padded(buffer))
+
+    def _wrong(self, offset: int, buffer: memoryview, found: bytes) -> list[tuple[int, int]]:
         first = offset >> PAGE_SHIFT
         expected = self._digests[first : first + len(found) // DIGEST]
         if found == expected.tobytes():
