@@ -95,7 +95,8 @@ class Daemon:
             self.pulls = Pulls(self.pager, Arrivals(self.pager), Opener(self._device))
             self.pulls.restore()
             self.namespace = Namespace(self.pager, ledger, held)
-            passthrough = Passthrough(self.pager, _not_native(request))
+            live_refused = "the mount option native=frozen" if request.native == "frozen" else ""
+            passthrough = Passthrough(self.pager, _not_native(request), live_refused)
             supervision = Supervision(self.go.supervisor, self.go.starts, self.go.crashes, self.go.why)
             self.observer = Observer(
                 store,
@@ -254,6 +255,7 @@ class Daemon:
                 if not settled:
                     await self.pager.settle()
                     settled = True
+                await self.operations.passthrough.leave_idle()
                 if self.namespace.ledger.has_grown:
                     self.namespace.ledger.renew(self.operations.held())
                 if now > began + ASKED_AGAIN:

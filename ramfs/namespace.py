@@ -56,6 +56,8 @@ class Inode:
     aliases: int = 0
     """QEMU's temporary names that lead here"""
     opens: dict[HandleId, "Opener"] = field(default_factory=dict)
+    cache_doubtful: bool = False
+    """may the kernel keep pages of it that are not right any more, for it was native?"""
 
     @property
     def is_dir(self) -> bool:
@@ -192,7 +194,8 @@ class Namespace:
         image = None if row["image"] is None else self.images.acquire(ImageId(row["image"]))
         values = {column: row[column] for column in _COLUMNS}
         inode = Inode(
-            ino, **values, frozen=bool(row["frozen"]), image=image, target=row["target"], lookups=lookups
+            ino, **values, frozen=bool(row["frozen"]), image=image, target=row["target"], lookups=lookups,
+            cache_doubtful=lookups > 0 and not row["frozen"],
         )  # fmt: skip
         self._unloaded.pop(ino, None)
         return inode
@@ -602,7 +605,7 @@ class Namespace:
             self.pager.truncate(inode.file, size)
         if mtime is not None:
             if inode.image is not None:
-                inode.image.mtime = mtime
+                inode.image.set_mtime(mtime)
             else:
                 values["mtime"] = mtime
         if values or mtime is not None:
@@ -789,6 +792,25 @@ class Namespace:
                 found |= unpack_layers(row["layers"])
             elif stat.S_ISDIR(row["mode"]):
                 todo += [child for _, _, child in self.names(ino)]
+        return found
+
+    def direct_below(self, root: Inode) -> list[ImageId]:
+        """The direct images of a tree: few, so that looking where each of them lies is soon done."""
+        found: list[ImageId] = []
+        for number in self.images.direct:
+            todo: list[int] = [
+                row["ino"] for row in self.catalog.execute("SELECT ino FROM inodes WHERE image = ?", number)
+            ]
+            seen: set[int] = set()
+            while todo:
+                ino = todo.pop() & ~SNAP_BIT
+                if ino == root.ino:
+                    found.append(number)
+                    break
+                if ino not in seen and ino != ROOT:
+                    seen.add(ino)
+                    rows = self.catalog.execute("SELECT parent FROM names WHERE ino = ?", ino)
+                    todo += [row["parent"] for row in rows]
         return found
 
     def path_of(self, ino: InodeNumber) -> bytes:

@@ -19,14 +19,18 @@ import trio
 from ramfs.errors import FileError, StoreDamaged
 from ramfs.image.pages import Buffer, is_zero, nonzero_pages, span
 from ramfs.image.table import Entries, Mask, equal_runs, runs_of
-from ramfs.store import behind
-from ramfs.store.catalog import FORMAT_VERSION
+from ramfs.store import behind, direct
+from ramfs.store.catalog import settle_version
+from ramfs.store.direct import Leaving
+from ramfs.store.entering import Entry
+from ramfs.store.files import punch_hole, sync_data
 from ramfs.store.flat import Flatten, reads_alike, sole_layer
 from ramfs.store.garbage import Pass
 from ramfs.store.gather import LayerPlace
 from ramfs.store.images import Image, SyncJob, unpack_layers
 from ramfs.store.layers import Layer, Places
 from ramfs.store.presence import ZEROS, Presence
+from ramfs.store.reflink import Cloned, clone_range, entries_of
 from ramfs.store.store import Store
 from ramfs.units import MAX_FILE_SIZE, PAGE, PAGE_SHIFT, ZERO, ImageId, LayerId, pages
 
@@ -36,6 +40,10 @@ COPY_AT_ONCE: Final = 8 << 20
 _ZERO_AT_ONCE: Final = 1 << 14
 #: Table entries that are looked at, or set, in one go: about a millisecond.
 _NAMED_AT_ONCE: Final = 1 << 18
+#: Bytes of a direct image that are worth a layer of their own when they are copied from it; fewer are copied.
+CLONE_FROM: Final = 1 << 20
+#: Runs of pages that get into a direct image in one go.
+_RUNS_AT_ONCE: Final = 256
 
 
 class Absent(Exception):
@@ -82,6 +90,8 @@ class Pager:
 
     def copy_out(self, image: Image, offset: int, length: int) -> bytes:
         """A copy of the bytes, by pread(2): an unreadable page is OSError here, not a signal."""
+        if image.direct is not None:
+            return direct.read(image, offset, length)
         end = min(offset + length, image.size)
         if end <= offset:
             return b""
@@ -105,6 +115,9 @@ class Pager:
         if length == 0:
             return 0
         self._check_writable(image, offset + length)
+        if image.direct is not None:
+            direct.write(image, offset, data)
+            return length
         self._check_ragged(image, offset, offset + length)
         image.table.resize(pages(offset + length))
         if offset > image.size:
@@ -185,6 +198,8 @@ class Pager:
         """What of the bytes ``[offset, offset + length)`` is not here."""
         first, stop = offset >> PAGE_SHIFT, pages(min(offset + length, image.size))
         found: list[Absent] = []
+        if image.direct is not None:
+            return found
         for a, b, number in equal_runs(image.table.entries[first:stop]) if first < stop else ():
             if number != ZERO:
                 try:
@@ -272,6 +287,9 @@ class Pager:
         if size < 0:
             raise FileError(errno.EINVAL)
         self._check_writable(image, size)
+        if image.direct is not None:
+            direct.truncate(image, size)
+            return
         if size < image.size:
             self._cut(image, size)
         elif size > image.size:
@@ -313,7 +331,13 @@ class Pager:
         """
         end = offset + length
         self._check_writable(image, end)
-        if offset < image.size:
+        image.refresh()
+        if image.direct is not None:
+            for low in range(offset, min(end, image.size), _ZERO_AT_ONCE << PAGE_SHIFT):
+                if low > offset:
+                    yield
+                direct.punch(image, low, min(end - low, _ZERO_AT_ONCE << PAGE_SHIFT))
+        elif offset < image.size:
             # What lies behind the end in its last page is never shown: the page goes as a whole.
             whole = image.pages << PAGE_SHIFT if end >= image.size else end
             self._check_ragged(image, offset, whole)
@@ -340,7 +364,9 @@ class Pager:
         self._check_writable(image, end)
         first, stop = offset >> PAGE_SHIFT, pages(end)
         space = self.store.statvfs()
-        lacking = (stop - first - image.table.resident(first, stop)) << PAGE_SHIFT
+        image.refresh()
+        there = image.table.resident(first, stop) if image.direct is None else direct.stored(image.direct, first, stop)
+        lacking = (stop - first - there) << PAGE_SHIFT
         if space.f_blocks and lacking > space.f_bavail * space.f_frsize:  # a tmpfs without a limit has no blocks
             raise FileError(errno.ENOSPC)
         self._grown(image, end, keep_size)
@@ -348,7 +374,7 @@ class Pager:
     def _grown(self, image: Image, end: int, keep_size: bool) -> None:
         if end > image.size and not keep_size:
             self.truncate(image, end)
-        else:
+        elif image.direct is None:
             image.touch()
 
     def seek(self, image: Image, offset: int, whence: int) -> tuple[int, int]:
@@ -357,6 +383,10 @@ class Pager:
         Also how far the table was looked at: whoever changes something from there on does not change the
         answer. Raises ENXIO at the end of the file.
         """
+        if image.direct is not None:
+            found = direct.seek(image, offset, whence)
+            image.refresh()
+            return found, image.size
         size = image.size
         if not 0 <= offset < size:
             raise FileError(errno.ENXIO)
@@ -395,10 +425,15 @@ class Pager:
         ranges must not overlap within one image (the kernel sees to that). Offsets that differ by less than
         a page let nothing be shared: then the bytes are copied, some megabytes for each call.
         """
+        source.refresh()
         length = min(length, source.size - source_offset)
         if length <= 0:
             return 0
         self._check_writable(target, target_offset + length)
+        if target.direct is not None:
+            return self._share_into(source, source_offset, target, target_offset, length)
+        if source.direct is not None and not self.is_cloned(source_offset, target_offset, length):
+            return self._copy(source, source_offset, target, target_offset, min(length, COPY_AT_ONCE))
         if (target_offset - source_offset) % PAGE:
             return self._copy(source, source_offset, target, target_offset, min(length, COPY_AT_ONCE))
         end = target_offset + length
@@ -416,7 +451,10 @@ class Pager:
                 self._copy(source, start - target_offset + source_offset, target, start, until - start)
         if first < stop:
             try:
-                self._share_pages(source, target, first, stop, (source_offset - target_offset) >> PAGE_SHIFT)
+                if source.direct is not None:
+                    self._share_clone(source, source_offset, target, first, stop)
+                else:
+                    self._share_pages(source, target, first, stop, (source_offset - target_offset) >> PAGE_SHIFT)
             except BaseException:
                 self._take_back(target)
                 raise
@@ -443,6 +481,10 @@ class Pager:
             named = source.layers if shift == 0 else self._shift(parts, shift)
             if parts:
                 self.images.name_layers(target, named)
+        self._name_parts(target, first, stop, parts)
+
+    def _name_parts(self, target: Image, first: int, stop: int, parts: list[tuple[int, Entries]]) -> None:
+        """Let pages ``[first, stop)`` name what the parts say, and nothing between them."""
         if not target.is_loaded and first >= target.pages:
             for low, entries in parts:
                 target.put_entries(low, entries)
@@ -459,6 +501,147 @@ class Pager:
             if len(entries):
                 self._name(target, low, low + len(entries), entries)
             done = low + len(entries)
+
+    # -- direct images
+
+    @staticmethod
+    def is_cloned(source_offset: int, target_offset: int, length: int) -> bool:
+        """Is a range that is copied from a direct image to be cloned, rather than copied byte by byte?"""
+        return length >= CLONE_FROM and source_offset % PAGE == 0 and target_offset % PAGE == 0
+
+    async def clone_range(self, source: Image, source_offset: int, target_offset: int, length: int) -> Cloned:
+        """What :meth:`share` from a direct image needs, made in a thread: give it by ``Images.with_clones``."""
+        assert source.direct is not None
+        whole = pages(length) << PAGE_SHIFT
+        return await trio.to_thread.run_sync(
+            Cloned.make, source.direct, self.images.clone_path(), source_offset, whole, target_offset
+        )
+
+    def _share_clone(self, source: Image, source_offset: int, target: Image, first: int, stop: int) -> None:
+        """Let target pages ``[first, stop)`` be in a clone of the source, which starts at ``source_offset``."""
+        length = (stop - first) << PAGE_SHIFT
+        cloned = self.images.cloned.pop(source.id, None)
+        if cloned is None:
+            cloned = self.images.clone(source, source_offset, length, first << PAGE_SHIFT)
+        parts: list[tuple[int, Entries]] = []
+        extents = [(low, min(high, stop)) for low, high in cloned.extents if low < stop]
+        if extents:
+            with self.store.catalog.transaction():
+                layer = self.images.adopt(cloned)
+                self.images.name_layers(target, {layer.id})
+            parts = entries_of(extents, layer.id)
+        else:
+            self.images.discard([cloned])
+        self._name_parts(target, first, stop, parts)
+
+    def _share_into(self, source: Image, source_offset: int, target: Image, target_offset: int, length: int) -> int:
+        """Into a direct image: whole pages share their blocks, of other ranges some megabytes are copied."""
+        assert target.direct is not None
+        self._check_here(source, source_offset, length)
+        target.refresh()
+        ends = source_offset + length == source.size and target_offset + length >= target.size
+        whole = length if ends else length & -PAGE
+        if source_offset % PAGE or target_offset % PAGE or whole == 0:
+            return self._copy(source, source_offset, target, target_offset, min(length, COPY_AT_ONCE))
+        done, most = 0, min(whole, _ZERO_AT_ONCE << PAGE_SHIFT)
+        fd = os.open(target.direct, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            for at, size, path, place in self._runs(source, source_offset, most):
+                self._clone_run(fd, target_offset + at, size, path, place)
+                done = min(at + size, most)
+        except OSError:
+            if not done:
+                return self._copy(source, source_offset, target, target_offset, min(length, COPY_AT_ONCE))
+        finally:
+            with contextlib.suppress(OSError):
+                if target_offset + done >= target.size:
+                    os.ftruncate(fd, max(target.size, target_offset + done))
+            os.close(fd)
+        target.refresh()
+        return done
+
+    def _runs(self, source: Image, offset: int, length: int) -> Iterator[tuple[int, int, str | None, int]]:
+        """Where a range lies: bytes from its start, length, path of a file (None: zeros) and offset in that."""
+        if source.direct is not None:
+            yield 0, length, source.direct, offset
+            return
+        first = offset >> PAGE_SHIFT
+        for a, b, number in equal_runs(source.table.entries[first : pages(offset + length)])[:_RUNS_AT_ONCE]:
+            size = min((b - a) << PAGE_SHIFT, length - (a << PAGE_SHIFT))
+            if number == ZERO:
+                yield a << PAGE_SHIFT, size, None, 0
+            else:
+                layer = self.layers[number]
+                yield (
+                    a << PAGE_SHIFT, pages(size) << PAGE_SHIFT, self.layers.path(layer.base),
+                    (first + a + layer.shift) << PAGE_SHIFT,
+                )  # fmt: skip
+
+    @staticmethod
+    def _clone_run(target: int, at: int, length: int, path: str | None, offset: int) -> None:
+        if path is None:
+            punch_hole(target, at, length)
+            return
+        source = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            clone_range(source, offset, target, at, length)
+        finally:
+            os.close(source)
+
+    async def clone_direct(self, numbers: Iterable[ImageId]) -> dict[ImageId, Cloned]:
+        """Clones of direct images, for copies of them (``Images.with_clones``). Raises OSError, and leaves nothing."""
+        made: dict[ImageId, Cloned] = {}
+        try:
+            for number in numbers:
+                image = self.images.acquire(number)
+                try:
+                    if image.direct is not None:
+                        path = self.images.clone_path()
+                        made[number] = await trio.to_thread.run_sync(Cloned.make, image.direct, path)
+                finally:
+                    self.images.release(image)
+        except BaseException:
+            self.images.discard(made.values())
+            raise
+        return made
+
+    async def enter(self, image: Image) -> bool:
+        """Let a writable image that nobody has open be direct; False if it cannot be now. Raises OSError."""
+        in_thread = trio.to_thread.run_sync
+        work = Entry(self.store, image)
+        try:
+            if not work.possible:
+                return False
+            await in_thread(work.prepare)
+            if work.needs_sync:
+                await self.sync([image])
+            if not work.publish():
+                return False
+            await in_thread(work.settle)
+            if not work.commit():
+                return False
+        finally:
+            work.close()
+        await in_thread(self.store.catalog.sync)
+        return True
+
+    async def leave(self, image: Image) -> bool:
+        """Let a direct image that is open to nobody have a table again; False if somebody has it mapped. OSError."""
+        in_thread = trio.to_thread.run_sync
+        work = Leaving(self.images, image)
+        if not work.possible:
+            return False
+        await in_thread(work.prepare)
+        if not work.commit():
+            return False
+        await in_thread(self.store.catalog.sync)
+        work.finish()
+        return True
+
+    async def write_out(self, image: Image) -> None:
+        """Have the pages of a direct image on disk, so that little is left to do when it leaves (any state)."""
+        if image.direct is not None:
+            await trio.to_thread.run_sync(sync_data, image.direct)
 
     def _shift(self, parts: list[tuple[int, Entries]], shift: int) -> set[LayerId]:
         """Let entries name aliases, for pages that are to be found at other places than where they lie."""
@@ -516,8 +699,7 @@ class Pager:
                 await self._run(images.sync_job([], [layer.id]))
         with catalog.transaction():
             self.layers.complete(layer)
-            if not catalog.number("SELECT count(*) FROM arriving"):
-                catalog.set_meta("version", FORMAT_VERSION)
+            settle_version(catalog)
         images.replaced.add(layer.id)  # what came for nothing, since it was overwritten meanwhile
         await trio.to_thread.run_sync(catalog.sync)
         self.layers.forget_presence(layer.id, presence)
@@ -584,6 +766,16 @@ class Pager:
 
     async def sync(self, images: Iterable[Image] | None = None) -> None:
         """Make images (all that changed, by default) durable as they are now. Raises OSError."""
+        if images is not None:
+            images = list(images)
+            own = [image for image in images if image.direct is not None]
+            for image in own:
+                await self.write_out(image)
+            if own:
+                await trio.to_thread.run_sync(self.store.catalog.sync)
+                images = [image for image in images if image not in own]
+                if not images:
+                    return
         async with self._sync_lock:
             if images is None:
                 self.store.reserve.make_room()

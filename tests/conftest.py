@@ -130,6 +130,14 @@ def shm(request: pytest.FixtureRequest) -> Iterator[Path]:
     _remove(directory)
 
 
+@pytest.fixture(scope="module")
+def module_shm(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """The same for all tests of a module."""
+    directory = Path(tempfile.mkdtemp(dir=request.config.stash[_memory_dir]))
+    yield directory
+    _remove(directory)
+
+
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Mount]:
     """A fresh store, mounted; unmounted and judged after the test (see harness.Mount)."""

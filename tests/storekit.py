@@ -128,6 +128,7 @@ class Kit:
     def copy(self, source: str, target: str) -> None:
         """What cp does: all of a file in one copy_file_range."""
         image = self.image(source)
+        image.refresh()
         assert self.pager.share(image, 0, self.create(target), 0, image.size) == image.size
 
     def snapshot(self, name: str, directory: str = "") -> None:

@@ -8,7 +8,7 @@ we flush, and nothing is won by going on.
 """
 
 import asyncio
-import ctypes
+import contextlib
 import os
 import stat
 import threading
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from ramfs.errors import FileError
+from ramfs.store.files import cachestat
 from ramfs.units import PAGE
 
 T = TypeVar("T")
@@ -30,23 +31,6 @@ LITTLE_TIME: Final = 0.005
 
 #: A round that finds more than this part of what the last one found is not worth another.
 FALLS: Final = 0.75
-
-_CACHESTAT: Final = 451
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-class _Range(ctypes.Structure):
-    _fields_ = (("off", ctypes.c_uint64), ("len", ctypes.c_uint64))
-
-
-class _CacheStat(ctypes.Structure):
-    _fields_ = (
-        ("cached", ctypes.c_uint64),
-        ("dirty", ctypes.c_uint64),
-        ("writeback", ctypes.c_uint64),
-        ("evicted", ctypes.c_uint64),
-        ("recently_evicted", ctypes.c_uint64),
-    )
 
 
 @dataclass(frozen=True)
@@ -162,7 +146,8 @@ def _flush_file(path: str) -> int | None:
 
 def dirty_bytes(fd: int) -> int | None:
     """Bytes of an open file that are in the page cache only; None when the kernel does not tell."""
-    whole, answer = _Range(0, 0), _CacheStat()
-    if _libc.syscall(_CACHESTAT, fd, ctypes.byref(whole), ctypes.byref(answer), 0):
-        return None
-    return (int(answer.dirty) + int(answer.writeback)) * PAGE
+    # Of a live native file the cache is that of its layer, which only the daemon can ask about.
+    with contextlib.suppress(OSError, ValueError):
+        return int(os.getxattr(fd, "user.ramfs.dirty"))
+    found = cachestat(fd)
+    return None if found is None else (int(found.dirty) + int(found.writeback)) * PAGE

@@ -91,7 +91,7 @@ def picture(statuses: list[dict[str, Any]]) -> RenderableType:
             rows.append(("native", f"no file: {refused}"))
         for file in status["open_files"]:
             pids = ", ".join(map(str, file["pids"]))
-            how = ", native" if file.get("native") else ""
+            how = ", native live" if file.get("live") else ", native" if file.get("native") else ""
             rows.append(("open", f"{printable(file['path'])} ({human(file['bytes'])}{how}) in process {pids}"))
         for name, value in rows:
             table.add_row(name, Text(value))

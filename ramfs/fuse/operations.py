@@ -38,10 +38,10 @@ from ramfs.namespace import CONTROL_XATTR, Caller, Inode, Namespace, Opener
 from ramfs.pager import Absent, Pager, Plan
 from ramfs.ramblock import temporary_name
 from ramfs.source.base import Rest
-from ramfs.store.files import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
+from ramfs.store.files import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, dirty_bytes
 from ramfs.store.images import Image
 from ramfs.store.outcomes import REQUEST
-from ramfs.units import MAX_NAME, PAGE, ROOT, HandleId, InodeNumber, LayerId
+from ramfs.units import MAX_NAME, PAGE, ROOT, HandleId, ImageId, InodeNumber, LayerId
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ _T = TypeVar("_T")
 
 _WRITES: Final = os.O_WRONLY | os.O_RDWR
 _PAGES_XATTR: Final = CONTROL_XATTR + b"pages"
+_DIRTY_XATTR: Final = CONTROL_XATTR + b"dirty"
 #: Seconds that the kernel may keep names and attributes: only this mount changes them.
 _KEEP: Final = 300.0
 #: ... but the times of a file that is mapped for writing change without the kernel's knowing.
@@ -118,6 +119,7 @@ class Operations(pyfuse3.Operations):
         inode.opens[handle] = Opener(pid, bool(record.d))
         self._images[handle] = inode.file
         self._files[handle] = FileHandle(handle, inode, inode.file)
+        inode.cache_doubtful = inode.image is not None and inode.image.direct is not None
 
     def held(self) -> Iterator[Record]:
         """What the kernel holds, for the ledger."""
@@ -185,6 +187,8 @@ class Operations(pyfuse3.Operations):
             counters = self.counters
             counters.reads += 1
             counters.read_bytes += size
+            if image.direct is not None:  # readahead(2), which asks past the native path
+                return self.pager.copy_out(image, offset, size)
             return self.pager.plan(image, offset, size) or b""
         except Exception as exc:
             return self._failed(exc, "read", handle, offset, size)
@@ -271,7 +275,14 @@ class Operations(pyfuse3.Operations):
                 return -errno.EINVAL
             if source not in self._images or target not in self._images:
                 return -errno.EINVAL
-            known = self._images[source], source_offset, self._images[target], target_offset, length
+            old, new = self._images[source], self._images[target]
+            old.refresh()
+            length = min(length, old.size - source_offset)
+            known = old, source_offset, new, target_offset, length
+            cloned = old.direct is not None and new.direct is None
+            if cloned and self.pager.is_cloned(source_offset, target_offset, length):
+                trio.lowlevel.spawn_system_task(self._copy_clone, native.later(), *known)
+                return None
             return self._share(*known)
         except Absent as absent:
             self._later(absent, lambda: self._share(*known), "copy_file_range", *details)
@@ -284,6 +295,22 @@ class Operations(pyfuse3.Operations):
         self.counters.shared_ranges += 1
         self.counters.shared_bytes += done
         return done
+
+    async def _copy_clone(
+        self, token: object, source: Image, source_offset: int, target: Image, target_offset: int, length: int
+    ) -> None:
+        """COPY_FILE_RANGE from a direct image, whose pages must be cloned first. Both files are open meanwhile."""
+        try:
+            clones = {source.id: await self.pager.clone_range(source, source_offset, target_offset, length)}
+
+            def work() -> int:
+                with self.pager.images.with_clones(clones):
+                    return self._share(source, source_offset, target, target_offset, length)
+
+            done = await self._having(work)
+        except Exception as exc:
+            done = self._failed(exc, "copy_file_range", source_offset, target_offset, length)
+        native.reply(token, done)
 
     def ioctl_now(self, ino: int, command: int, given: bytes, room: int) -> bytes | int:
         """IOCTL: what it gives back, or -errno. The kernel asks about any file that can be opened."""
@@ -375,7 +402,7 @@ class Operations(pyfuse3.Operations):
                     return -errno.ENXIO
                 return offset if whence == os.SEEK_DATA else file.size
             found, _ = self.pager.seek(file.image, offset, whence)
-            if not file.inode.is_written:
+            if not file.inode.is_written or file.image.direct is not None:
                 return _sought(found, file.image.size, whence)
             trio.lowlevel.spawn_system_task(self._answer_seek, file, offset, whence, token)
             return None
@@ -440,6 +467,8 @@ class Operations(pyfuse3.Operations):
         entry.st_blksize = PAGE
         image = inode.image
         entry.st_atime_ns = inode.atime
+        if image is not None:
+            image.refresh()
         if image is None:
             entry.st_size = inode.size
             entry.st_mtime_ns, entry.st_ctime_ns = inode.mtime, inode.ctime
@@ -449,7 +478,8 @@ class Operations(pyfuse3.Operations):
             entry.st_mtime_ns, entry.st_ctime_ns = image.mtime, image.ctime
             # The full size, on purpose: cp takes its slow path for files that look sparse.
             entry.st_blocks = (image.size + 511) // 512
-        entry.attr_timeout = _KEEP_OPEN if inode.opens or inode.is_snap else _KEEP
+        changes = inode.opens or inode.is_snap or (image is not None and image.direct is not None)
+        entry.attr_timeout = _KEEP_OPEN if changes else _KEEP
         entry.entry_timeout = _KEEP
         return entry
 
@@ -508,6 +538,9 @@ class Operations(pyfuse3.Operations):
             raise FileError(errno.EROFS if is_manifest(inode) else errno.EPERM)
         values: dict[str, int] = {}
         node = self.namespace.get(InodeNumber(inode))
+        if node.image is not None:
+            await self.passthrough.settled(node.image)
+            node = self.namespace.get(InodeNumber(inode))
         if fields.update_mode:
             values["mode"] = stat.S_IFMT(node.mode) | stat.S_IMODE(attr.st_mode)
         elif fields.update_uid or fields.update_gid or (fields.update_size and ctx.uid != 0):
@@ -568,7 +601,9 @@ class Operations(pyfuse3.Operations):
         directory = space.check_snapshot(snap, name)
         await self.flush_below(directory)
         directory = space.check_snapshot(snap, name)  # the tree may have changed
-        frozen = space.freeze(directory, name)
+        cloned = await self.pager.clone_direct(space.direct_below(directory))
+        with self.pager.images.with_clones(cloned):
+            frozen = space.freeze(space.check_snapshot(snap, name), name)
         try:
             await self.pager.sync(frozen.images)
             inode = frozen.commit()
@@ -671,17 +706,21 @@ class Operations(pyfuse3.Operations):
             self.namespace.drop_suid(inode)
         handle = HandleId(next(self._numbers))
         backing = self.passthrough.open(inode, handle)
+        live = bool(backing) and not inode.frozen
         opener = OPENER.pack(0, 0, pid, *self.passthrough.held(handle))
         self._note_open(handle, inode.ino, writable and not inode.frozen, opener)
         inode.opens[handle] = Opener(pid, writable and not inode.frozen)
         self._images[handle] = image
         self._files[handle] = FileHandle(handle, inode, image)
-        if not writable:
+        if not writable or live:
             # The kernel else writes back all that a guest has dirty whenever a reader of its memory closes it.
             native.mark_open(handle, _FOPEN_NOFLUSH | (FOPEN_PASSTHROUGH if backing else 0), backing)
         # A frozen file that is open for writing must not be mapped shared: stores would stay in the page
         # cache, seen by everybody, though no write is accepted. direct_io makes the kernel refuse that.
-        return pyfuse3.FileInfo(fh=handle, keep_cache=not backing, direct_io=inode.frozen and writable)
+        # Of a live file that is native the mount may keep pages from before, or those that readahead(2) got.
+        keep = not backing and not inode.cache_doubtful
+        inode.cache_doubtful = live
+        return pyfuse3.FileInfo(fh=handle, keep_cache=keep, direct_io=inode.frozen and writable)
 
     @answered
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
@@ -692,7 +731,7 @@ class Operations(pyfuse3.Operations):
             if flags & _WRITES and inode != virtual.CONTROL:
                 raise FileError(errno.EACCES)  # which the mode alone does not tell root
             return await self._open_virtual(InodeNumber(inode), ctx)
-        await self.passthrough.look(self.namespace.get(InodeNumber(inode)))
+        await self.passthrough.look(self.namespace.get(InodeNumber(inode)), flags)
         return self._open(self.namespace.get(InodeNumber(inode)), flags, ctx.pid)
 
     async def _open_virtual(self, ino: InodeNumber, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
@@ -719,6 +758,7 @@ class Operations(pyfuse3.Operations):
             inode = await self._block_inode(parent, name, mode, caller)
         if inode is None:
             inode = self.namespace.make(parent, name, mode, caller)
+        await self.passthrough.look(inode, flags)
         info = self._open(inode, flags & ~os.O_TRUNC, ctx.pid)
         return info, self._entry(inode)
 
@@ -841,6 +881,12 @@ class Operations(pyfuse3.Operations):
                 raise FileError(errno.ENODATA)
             counter = self.observer.page_counter(node.image)
             return page_counts_text(await trio.to_thread.run_sync(counter))
+        if name == _DIRTY_XATTR:
+            node = self.namespace.get(InodeNumber(inode))
+            dirty = None if node.image is None or node.image.direct is None else dirty_bytes(node.image.direct)
+            if dirty is None:
+                raise FileError(errno.ENODATA)
+            return str(dirty).encode()
         return self.namespace.xattr(InodeNumber(inode), name)
 
     @answered
@@ -867,7 +913,7 @@ class Operations(pyfuse3.Operations):
 
     # -- control
 
-    def _command(self, file: VirtualHandle, command: bytes) -> int:
+    def _command(self, file: VirtualHandle, command: bytes) -> int | None:
         if len(command) > virtual.MAX_COMMAND:
             raise FileError(errno.E2BIG)
         parsed = virtual.parse(command)
@@ -881,7 +927,32 @@ class Operations(pyfuse3.Operations):
         if "arrival" in parsed:
             self._steer(file, parsed, caller)
             return len(command)
-        source, parent, name = virtual.parse_clone(parsed)
+        clone = virtual.parse_clone(parsed)
+        top = self.namespace.walk(clone[0], caller)
+        direct = [] if self._done_before() else self.namespace.direct_below(top)
+        self.namespace.let_go(top)
+        if direct:
+            details = REQUEST.get(), direct, clone, caller, len(command)
+            trio.lowlevel.spawn_system_task(self._clone_later, native.later(), *details)
+            return None
+        self._clone(*clone, caller)
+        return len(command)
+
+    async def _clone_later(
+        self, token: object, request: int, direct: list[ImageId], clone: tuple[bytes, bytes, bytes], caller: Caller,
+        done: int,
+    ) -> None:  # fmt: skip
+        """A clone of a tree with direct images, whose pages must be cloned first."""
+        REQUEST.set(request)  # of this task alone
+        try:
+            with self.pager.images.with_clones(await self.pager.clone_direct(direct)):
+                self._clone(*clone, caller)
+        except Exception as exc:
+            done = self._failed(exc, "clone")
+        native.reply(token, done)
+        self.concluded(request)
+
+    def _clone(self, source: bytes, parent: bytes, name: bytes, caller: Caller) -> None:
         space = self.namespace
         directory = space.walk(parent, caller)
         if not self._done_before():
@@ -894,7 +965,6 @@ class Operations(pyfuse3.Operations):
         with contextlib.suppress(OSError):  # it may have forgotten the directory
             pyfuse3.invalidate_inode(directory.ino, attr_only=True)
         self.counters.clones += 1
-        return len(command)
 
     def _flatten(self, file: VirtualHandle, path: bytes, caller: Caller) -> None:
         """Begin to flatten the frozen files at a path; it goes on while the handle is open."""

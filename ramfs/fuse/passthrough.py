@@ -1,13 +1,16 @@
-"""Files that the kernel reads from the store by itself: FUSE passthrough, for frozen images that are one layer.
+"""Files that the kernel serves from the store by itself: FUSE passthrough, for frozen images that are one layer, and
+for live ones that are the file of their layer (direct images: store/direct.py).
 
-A read or a fault of such a file goes to the layer's own page cache. No request reaches the daemon, and all inodes
-whose image is that layer, in whatever snapshot, share the same memory. What the kernel asks of us for it:
+A read, a write or a fault of such a file goes to the layer's own page cache. No request reaches the daemon, and all
+inodes whose image is that layer, in whatever snapshot, share the same memory. What the kernel asks of us for it:
 
 - One inode is open in one way at a time, passthrough with the same backing file, or cached: the mix is EIO to
   whoever opens. So the first open decides, and the others follow it until the last one is closed.
-- The kernel opens the layer anew for each open, with the opener's flags. Opened for writing it would let a
-  MAP_SHARED mapping store into the layer, and nobody could refuse that. So no file is served this way that can be
-  opened for writing: none at all on a mount with ``template_rdwr``.
+- The kernel opens the layer anew for each open, with the opener's flags. Opened for writing it lets a MAP_SHARED
+  mapping store into the layer, and nobody could refuse that. So a frozen file is served this way only where it
+  cannot be opened for writing: none is on a mount with ``template_rdwr``.
+- A mapping outlives its handle without our knowing. So a direct image stays direct, and is opened natively, until
+  nobody has its layer's file open, which a lease tells (:meth:`Passthrough.leave_idle`).
 - A backing id is the kernel connection's and outlives the daemon; :meth:`Passthrough.restore`.
 """
 
@@ -16,17 +19,22 @@ import errno
 import fcntl
 import logging
 import os
+import stat
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from ramfs.errors import StoreDamaged
+import trio
+
+from ramfs.errors import FileError, StoreDamaged
 from ramfs.fuse.extension import native
 from ramfs.namespace import Inode
 from ramfs.pager import Pager
 from ramfs.store.flat import sole_layer
-from ramfs.units import HandleId, LayerId
+from ramfs.store.images import Image
+from ramfs.store.reflink import can_reflink
+from ramfs.units import HandleId, ImageId, LayerId
 
 log = logging.getLogger(__name__)
 
@@ -52,10 +60,16 @@ class _Backing:
 class Passthrough:
     """Which layers the kernel holds, and which handles are served from them."""
 
-    def __init__(self, pager: Pager, refused: str = "") -> None:
+    def __init__(self, pager: Pager, refused: str = "", live_refused: str = "") -> None:
         self.refused = refused
         """why no more files become native on this mount, if there is a reason"""
+        self.live_refused = refused or live_refused
+        """why no more live files do"""
+        if not self.live_refused and not can_reflink(pager.layers.directory):
+            self.live_refused = "the file system of the store cannot share blocks between files (XFS and btrfs can)"
         self._pager = pager
+        self._turning: dict[ImageId, trio.Event] = {}
+        """images that are becoming direct, or cease to be; set when that is over"""
         self._backings: dict[LayerId, _Backing] = {}
         pager.layers.native = self._backings.keys()
         self._layer_of: dict[HandleId, LayerId] = {}
@@ -64,16 +78,59 @@ class Passthrough:
         """Is the inode open, and read by the kernel itself?"""
         return any(handle in self._layer_of for handle in inode.opens)
 
-    async def look(self, inode: Inode) -> None:
-        """Before an OPEN: find out whether the layer of a frozen inode reads as its image, if nobody knows yet."""
+    async def look(self, inode: Inode, flags: int) -> None:
+        """Before an OPEN: find out whether the layer of a frozen inode reads as its image, if nobody knows yet.
+
+        Of a live one: let it be direct if it is to be. After it the reply follows without an await.
+        """
         image = inode.image
-        if self.refused or not inode.frozen or inode.opens or image is None:
+        if image is None:
+            return
+        await self.settled(image)
+        if self.refused or inode.opens or image.direct is not None:
             return
         if not native.connection()["passthrough"]:
-            self.refused = "this kernel cannot (Linux 6.9 can)"
+            self.refused = self.live_refused = "this kernel cannot (Linux 6.9 can)"
             return
         with contextlib.suppress(OSError, StoreDamaged):  # then it is not served so; whoever reads it is told
-            await self._pager.is_flat(image)
+            if inode.frozen:
+                await self._pager.is_flat(image)
+            elif not self.live_refused and _for_mapping(inode, flags):
+                with self._turn(image.id):
+                    await self._pager.enter(image)
+
+    async def settled(self, image: Image) -> None:
+        """Wait until an image is either direct or not."""
+        while (turning := self._turning.get(image.id)) is not None:
+            await turning.wait()
+
+    @contextlib.contextmanager
+    def _turn(self, number: ImageId) -> Iterator[None]:
+        event = self._turning[number] = trio.Event()
+        try:
+            yield
+        finally:
+            del self._turning[number]
+            event.set()
+
+    async def leave_idle(self) -> None:
+        """Let direct images that nobody has open or mapped have a table again. Raises OSError, StoreDamaged."""
+        images = self._pager.images
+        for number in sorted(images.direct):
+            image = images.acquire(number)
+            try:
+                if self._is_idle(image):
+                    await self._pager.write_out(image)  # before anybody who opens it must wait
+                if self._is_idle(image):
+                    with self._turn(number):
+                        await self._pager.leave(image)
+            finally:
+                images.release(image)
+
+    def _is_idle(self, image: Image) -> bool:
+        if image.direct is None or image.live is None or image.id in self._turning:
+            return False
+        return image.live.id not in self._backings
 
     def open(self, inode: Inode, handle: HandleId) -> int:
         """The backing id that the reply to an OPEN is to bear, 0 for an open through the page cache of the mount.
@@ -87,6 +144,8 @@ class Passthrough:
         if backing is None:
             number = self._hold(layer)
             if number == 0:
+                if inode.image is not None and inode.image.direct is not None:
+                    raise FileError(errno.EBUSY, "it may still be mapped natively, and cannot be opened so now")
                 return 0
             backing = self._backings[layer] = _Backing(number, set())
         backing.handles.add(handle)
@@ -96,6 +155,8 @@ class Passthrough:
     def _layer_for(self, inode: Inode) -> LayerId | None:
         if inode.opens:
             return self._layer_of.get(next(iter(inode.opens)))
+        if inode.image is not None and inode.image.direct is not None and inode.image.live is not None:
+            return inode.image.live.id
         if self.refused or not inode.frozen or inode.image is None:
             return None
         layer = sole_layer(inode.image, self._pager.layers)
@@ -110,7 +171,8 @@ class Passthrough:
             finally:
                 os.close(fd)
         except OSError as exc:
-            self.refused = _REASONS.get(exc.errno or 0, "")
+            if reason := _REASONS.get(exc.errno or 0, ""):
+                self.refused = self.live_refused = reason
             log.info("layer %d cannot be served natively: %s", layer, self.refused or exc)
             return 0
 
@@ -147,3 +209,11 @@ class Passthrough:
             self._backings[layer].handles.add(handle)
         for layer in [layer for layer, backing in self._backings.items() if not backing.handles]:
             self._let_go(layer)
+
+
+def _for_mapping(inode: Inode, flags: int) -> bool:
+    """Is a live file opened as a guest's memory is? Reading and writing, which a shared mapping needs.
+
+    The kernel does not drop set-user-ID bits when it writes by itself.
+    """
+    return flags & os.O_ACCMODE == os.O_RDWR and not inode.mode & (stat.S_ISUID | stat.S_ISGID)

@@ -17,6 +17,7 @@ from ramfs.image.lineage import PageCounts, count_pages
 from ramfs.image.table import Mask
 from ramfs.inspect.counters import Counters
 from ramfs.namespace import Inode, Namespace
+from ramfs.store.direct import stored
 from ramfs.store.images import Image, read_table
 from ramfs.store.presence import ABSENT, STORED, ZEROS, States
 from ramfs.store.store import Store
@@ -36,6 +37,8 @@ class Native(Protocol):
 
     refused: str
     """why there are none, if there is a reason that holds for the whole mount"""
+    live_refused: str
+    """why there are only frozen ones"""
 
     def is_native(self, inode: Inode) -> bool:
         """Is that one?"""
@@ -74,6 +77,9 @@ class Observer:
         catalog, layers = self.store.catalog, self.store.layers
         space = self.store.statvfs()
         opened = [(inode, self.native.is_native(inode)) for inode in self.namespace.inodes.values() if inode.opens]
+        for inode, _ in opened:
+            if inode.image is not None:
+                inode.image.refresh()
         return {
             "schema": SCHEMA,
             "version": ramfs.__version__,
@@ -105,13 +111,19 @@ class Observer:
             "memory_bytes": _largest_resident(),
             "requests": asdict(self.counters),
             "connection": self.connection(),
-            "native": {"files": sum(native for _, native in opened), "refused": self.native.refused},
+            "native": {
+                "files": sum(native for _, native in opened),
+                "live": len(self.store.images.direct),
+                "refused": self.native.refused,
+                "live_refused": self.native.live_refused,
+            },
             "open_files": [
                 {
                     "path": self._name(inode.ino),
                     "pids": sorted({opener.pid for opener in inode.opens.values()}),
                     "bytes": inode.size,
                     "native": native,
+                    "live": native and not inode.frozen,
                 }
                 for inode, native in opened
             ],
@@ -175,6 +187,9 @@ class Observer:
             text = f"{field.replace('_', ' ').capitalize()} of the pulls under way."
             metric(f"pull_{field}", kind, text, *((f'{{pull="{pull["id"]}"}}', pull[field]) for pull in pulls))
         metric("native_files", "gauge", "Open files that the kernel serves by itself.", ("", status["native"]["files"]))
+        metric(
+            "native_live_files", "gauge", "Live files that are the file of their layer.", ("", status["native"]["live"])
+        )
         for name, value in status["requests"].items():
             text = f"{name.replace('_', ' ').capitalize()} since the serving daemon began."
             metric(f"{name}_total", "counter", text, ("", value))
@@ -183,8 +198,18 @@ class Observer:
     def page_counter(self, image: Image) -> Callable[[], PageCounts]:
         """What counts how many pages an image owns, shares, has zero, or lacks, in any thread.
 
-        It reads the tables of all images that may share pages with it, from their files.
+        It reads the tables of all images that may share pages with it, from their files. A direct image's are its
+        own: which blocks it shares only the file system of the store knows.
         """
+        image.refresh()
+        if (path := image.direct) is not None:
+            whole = image.pages
+
+            def look() -> PageCounts:
+                found = stored(path)
+                return PageCounts(found, 0, whole - found, 0, whole)
+
+            return look
         layers, images = self.store.layers, self.store.images
         bases = {layers[number].base for number in image.layers if number in layers.by_id}
         names = [layer for layer in layers.by_id.values() if layer.base in bases]

@@ -19,6 +19,9 @@ from ramfs.store.files import sync_directory
 FORMAT_VERSION: Final = 1
 #: ... and that of a store that has arriving layers, of which an older program would take absent pages for zeros.
 ARRIVING_VERSION: Final = 2
+#: ... or direct images (store/direct.py), of which it would believe the table.
+DIRECT_VERSION: Final = ARRIVING_VERSION
+KNOWN_VERSIONS: Final = (FORMAT_VERSION, ARRIVING_VERSION)
 
 #: The tables of an empty catalog.
 SCHEMA: Final = """
@@ -38,7 +41,8 @@ CREATE TABLE images (
     live    INTEGER REFERENCES layers,      -- the layer that takes its writes, if it has one
     layers  BLOB NOT NULL DEFAULT x'',      -- uint32 each: a superset of the layers that its table names
     parent  INTEGER,                        -- the image it was copied from, for the record
-    created INTEGER NOT NULL                -- ns since the epoch
+    created INTEGER NOT NULL,               -- ns since the epoch
+    direct  INTEGER NOT NULL DEFAULT 0      -- its contents are what the file of its live layer reads as
 );
 CREATE TABLE inodes (
     ino    INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -99,6 +103,12 @@ CREATE TABLE IF NOT EXISTS arriving (
 Row = sqlite3.Row
 
 
+def settle_version(catalog: "Catalog") -> None:
+    """A store may be opened by older programs when it has nothing left that they would misread. In a transaction."""
+    if not catalog.number("SELECT (SELECT count(*) FROM arriving) + (SELECT count(*) FROM images WHERE direct)"):
+        catalog.set_meta("version", FORMAT_VERSION)
+
+
 def make_catalog(path: str, fill: Callable[[sqlite3.Connection], object] | None = None) -> None:
     """Put a new catalog at ``path``, durably; it appears there complete. ``fill`` may add rows to it.
 
@@ -114,7 +124,7 @@ def make_catalog(path: str, fill: Callable[[sqlite3.Connection], object] | None 
         db.executescript(f"BEGIN;{SCHEMA}{ADDITIONS}")
         if fill is not None:
             fill(db)
-        db.execute("INSERT OR REPLACE INTO meta VALUES ('version', ?)", (FORMAT_VERSION,))
+        db.execute("INSERT OR IGNORE INTO meta VALUES ('version', ?)", (FORMAT_VERSION,))
         db.execute("COMMIT")
     except sqlite3.OperationalError as exc:
         raise StoreError(f"{path} cannot be made: {exc}") from exc
@@ -169,7 +179,7 @@ class Catalog:
 
     def _check_version(self) -> None:
         version = self.meta("version")
-        if version not in (FORMAT_VERSION, ARRIVING_VERSION):
+        if version not in KNOWN_VERSIONS:
             raise StoreVersion(
                 f"{self.path} has format version {version}, this program knows none above {ARRIVING_VERSION}: "
                 "use the ramfs that made it, or a newer one"
@@ -177,8 +187,9 @@ class Catalog:
         # Takes the exclusive lock now, not at the first write.
         self._db.execute("BEGIN IMMEDIATE")
         self._db.execute("UPDATE meta SET value = value WHERE key = 'version'")
-        if not self.number("SELECT count(*) FROM pragma_table_info('inodes') WHERE name = 'btime'"):
-            self._db.execute("ALTER TABLE inodes ADD COLUMN btime INTEGER NOT NULL DEFAULT 0")
+        for table, column in (("inodes", "btime"), ("images", "direct")):
+            if not self.number("SELECT count(*) FROM pragma_table_info(?) WHERE name = ?", table, column):
+                self._db.execute(f"ALTER TABLE {table} ADD COLUMN {column} INTEGER NOT NULL DEFAULT 0")
         self._db.execute("COMMIT")
         self._db.executescript(ADDITIONS)
         self._wal = os.open(self.path + "-wal", os.O_RDONLY)

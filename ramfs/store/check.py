@@ -30,11 +30,12 @@ import numpy as np
 from ramfs.errors import StoreDamaged, StoreVersion
 from ramfs.image.digest import DIGEST, digest_pages
 from ramfs.image.table import ENTRY, Entries, Mask, runs_of
-from ramfs.store.catalog import FORMAT_VERSION
+from ramfs.store.catalog import DIRECT_VERSION, KNOWN_VERSIONS
 from ramfs.store.files import data_extents, read_exactly, stored_pages
 from ramfs.store.images import HEADER, Header, table_length, unpack_header, unpack_layers
+from ramfs.store.reflink import entries_of, stored_extents
 from ramfs.store.store import boot_id
-from ramfs.units import LOST, MAX_NAME, PAGE, PAGE_SHIFT, ROOT, SNAP_BIT, ZERO, pages
+from ramfs.units import LOST, MAX_NAME, PAGE, PAGE_SHIFT, ROOT, SNAP_BIT, ZERO, LayerId, pages
 
 #: Takes a repair.Fixer; made by operator.methodcaller.
 Fix = Callable[[Any], Any]
@@ -81,6 +82,11 @@ KINDS: Final[dict[str, Kind]] = {
     "live-shared": Kind(True, "two images write to one layer", "the layer is sealed"),
     "live-sealed": Kind(True, "an image writes to a sealed layer", "it begins a new one"),
     "live-foreign": Kind(True, "a table names a layer that another image writes to", "the layer is sealed"),
+    "direct-file": Kind(
+        True,
+        "a file that is the file of its live layer has no such layer",
+        "it gets a table: of the pages in that layer's file, or all of it is marked lost",
+    ),
     "layer-file": Kind(True, "the file of a layer is missing", "its pages are marked lost"),
     "layer-empty": Kind(False, "a layer without a file, of which nothing is named", "it is removed"),
     "layer-unused": Kind(False, "a layer that takes writes for no image", "it is sealed, and goes with the next mount"),
@@ -182,6 +188,17 @@ def read_table(path: str) -> TableCopy:
         os.close(fd)
 
 
+def direct_table(path: str, layer: int) -> TableCopy:
+    """The table of an image that is the file of its layer. Raises FileNotFoundError, OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        told = os.fstat(fd)
+        header = Header(told.st_size, told.st_mtime_ns, told.st_ctime_ns)
+        return TableCopy(header, entries_of(stored_extents(fd), LayerId(layer)), 0, False)
+    finally:
+        os.close(fd)
+
+
 class Check:
     """One look at a whole store. Writes nothing."""
 
@@ -196,6 +213,8 @@ class Check:
         self.inodes: dict[int, sqlite3.Row] = {}
         self.images: dict[int, sqlite3.Row] = {}
         self.layers: dict[int, sqlite3.Row] = {}
+        self.direct: set[int] = set()
+        """images that are the file of their live layer (store/direct.py)"""
         self.names: list[sqlite3.Row] = []
         self.name_of: dict[int, tuple[int, bytes]] = {}
         self.image_paths: dict[int, str] = {}
@@ -256,9 +275,9 @@ class Check:
             self.note("catalog-unreadable", "catalog.sqlite", detail, fix)
             self.db.close()
             return False
-        if version != FORMAT_VERSION:
+        if version not in KNOWN_VERSIONS:
             self.db.close()
-            raise StoreVersion(f"{path} has format version {version}, this program knows {FORMAT_VERSION}")
+            raise StoreVersion(f"{path} has format version {version}, this program knows {DIRECT_VERSION}")
         return True
 
     def meta(self, key: str) -> Any:
@@ -275,6 +294,8 @@ class Check:
             self.notes.append(f"the store was not closed ({what}): checked as the next mount will find it")
         self.inodes = {row["ino"]: row for row in self.db.execute("SELECT * FROM inodes")}
         self.images = {row["id"]: row for row in self.db.execute("SELECT * FROM images")}
+        if any("direct" in row.keys() for row in self.images.values()):  # noqa: SIM118
+            self.direct = {number for number, row in self.images.items() if row["direct"]}
         self.layers = {row["id"]: row for row in self.db.execute("SELECT * FROM layers")}
         self.names = self.db.execute("SELECT cookie, parent, name, ino FROM names ORDER BY cookie").fetchall()
 
@@ -490,6 +511,9 @@ class Check:
                 self._collect_named(table, named)
         bad = {base: self._check_layer(base, mask) for base, mask in sorted(named.items())}
         for number in whole:
+            if number in self.direct:
+                self._name_unreadable(number, bad)
+                continue
             with contextlib.suppress(OSError, StoreDamaged):
                 self._name_pages(number, read_table(self.table_path(number)), bad)
         for number, row in sorted(self.layers.items()):
@@ -508,7 +532,25 @@ class Check:
             suffix = "map" if row is not None and row["frozen"] else self.suffix
         return self.path("tables", f"{image:08x}.{suffix}")
 
+    def _check_direct(self, number: int) -> TableCopy | None:
+        """The table that goes with a direct image: its own does not count."""
+        image = self.images[number]
+        layer = self.layers.get(image["live"])
+        sound = layer is not None and not layer["sealed"] and not image["frozen"]
+        path = self.path("layers", f"{image['live'] or 0:08x}.ram")
+        try:
+            table = direct_table(path, image["live"] or 0)
+        except FileNotFoundError:
+            sound, table = False, None
+        if not sound:
+            fix = step("end_direct", number, self, table)
+            self.note("direct-file", self.image_path(number), os.path.relpath(path, self.directory), fix)
+            return None
+        return table
+
     def _check_table(self, number: int) -> TableCopy | None:
+        if number in self.direct:
+            return self._check_direct(number)
         image, path, where = self.images[number], self.table_path(number), self.image_path(number)
         table, kind, detail = None, "", os.path.relpath(path, self.directory)
         try:
@@ -598,6 +640,8 @@ class Check:
             return {"page-beyond": named}
         try:
             size = os.fstat(fd).st_size >> PAGE_SHIFT
+            if not row["sealed"]:  # it gets its last page whole with the next write, if it was a direct image's
+                size = pages(os.fstat(fd).st_size)
             there = stored_pages(fd)[: len(named)]
             there = np.concatenate([there, np.zeros(len(named) - len(there), np.bool_)])
             beyond = named.copy()
@@ -689,6 +733,12 @@ class Check:
                     unreadable[page] = True
                 else:
                     yield page, data
+
+    def _name_unreadable(self, number: int, bad: dict[int, dict[str, Mask]]) -> None:
+        """Say which pages of a direct image the disk cannot read. No table can tell that they are lost; reads do."""
+        mask = bad.get(self.images[number]["live"], {}).get("page-unreadable")
+        if mask is not None:
+            self.note("page-unreadable", self.image_path(number), _pages_text(list(runs_of(mask))))
 
     def _name_pages(self, number: int, table: TableCopy, bad: dict[int, dict[str, Mask]]) -> None:
         """Say which pages of a file are damaged."""
@@ -807,7 +857,7 @@ def salvage(source: sqlite3.Connection, target: sqlite3.Connection | None) -> in
             except sqlite3.DatabaseError:
                 continue
             break
-        if table == "meta" and ("version", FORMAT_VERSION) not in rows:
+        if table == "meta" and not any(("version", version) in rows for version in KNOWN_VERSIONS):
             return 0
         total += len(rows)
         if target is not None and rows:

@@ -92,6 +92,8 @@ class Pass:
         self.candidates: dict[LayerId, tuple[int, int]] = {}
         """files to look at: the places of their pages, from and to"""
         waiting = {layers[n].base for n in images.replaced if n in layers.by_id} - layers.held
+        # What a direct image's file has is what the image has.
+        waiting -= {row["live"] for row in store.catalog.execute("SELECT live FROM images WHERE direct")}
         images.replaced = self._take(waiting)
         images.shared_meanwhile = set()
         images.synced_meanwhile = set()
@@ -223,6 +225,8 @@ class Pass:
             return
         image = images.acquire(row["id"])
         try:
+            if image.direct is not None:  # since then
+                return
             file = layers.file(layers[live])
             for first, stop in self.garbage[live]:
                 unnamed = np.ones(stop - first, np.bool_)
@@ -361,7 +365,8 @@ class Merge:
             return
         image = images.acquire(self.image)
         try:
-            self._swing(image)
+            if image.direct is None:
+                self._swing(image)
         finally:
             images.release(image)
 

@@ -7,7 +7,8 @@ A writable image has two table files:
 
 The kernel may write ``.map`` to disk before the pages that it names, so after power loss (another boot, see
 store.py) ``.durable`` counts; its pages are never punched before a later table replaced it. A frozen image
-never changes: its one ``.map`` is synced before the catalog names it.
+never changes: its one ``.map`` is synced before the catalog names it. Of a *direct* image neither counts, but what
+the file of its live layer reads as (store/direct.py).
 """
 
 import contextlib
@@ -30,6 +31,7 @@ from ramfs.store.catalog import Catalog
 from ramfs.store.files import data_extents, read_exactly, sync_data, sync_directory, write_all
 from ramfs.store.layers import Layer, Layers
 from ramfs.store.presence import write_kept
+from ramfs.store.reflink import Cloned, entries_of
 from ramfs.units import MAX_FILE_SIZE, PAGE, PAGE_SHIFT, ZERO, ImageId, LayerId, pages
 
 #: Images that are synced at a time after a takeover.
@@ -120,8 +122,8 @@ class Image:
     """
 
     __slots__ = (
-        "_ahead", "_fd", "_length", "_opened", "_table", "alike", "ctime", "doubtful", "frozen", "header_stale", "id",
-        "layers", "live", "mtime", "path", "size", "synced_name", "users",
+        "_ahead", "_fd", "_length", "_opened", "_table", "alike", "ctime", "direct", "doubtful", "frozen",
+        "header_stale", "id", "layers", "live", "mtime", "path", "size", "synced_name", "users",
     )  # fmt: skip
 
     def __init__(
@@ -148,6 +150,9 @@ class Image:
         """entries were written to the file while the table was not in memory"""
         self.alike: LayerId | None = None
         """the layer whose file was found to read as a frozen image does (store/flat.py)"""
+        self.direct: str | None = None
+        """of a direct image the path of the file that it is; then there is no table, and :meth:`refresh` tells size
+        and times"""
         self.users = 0
         self.header_stale = False
         self.synced_name = True
@@ -204,6 +209,23 @@ class Image:
             self._length = length
         os.pwrite(self.fd, pack_header(Header(self.size, self.mtime, self.ctime)), 0)
 
+    def refresh(self) -> None:
+        """Of a direct image: learn size and times, which the kernel changes by itself. Raises StoreDamaged."""
+        if self.direct is None:
+            return
+        try:
+            told = os.stat(self.direct)
+        except FileNotFoundError as exc:
+            raise StoreDamaged(f"layer file {self.direct} is missing; run `ramfs fsck` on the store") from exc
+        self.size, self.mtime = told.st_size, told.st_mtime_ns
+        self.ctime = max(self.ctime, told.st_ctime_ns)
+
+    def set_mtime(self, mtime: int) -> None:
+        """Set mtime alone; :meth:`write_header` stores it."""
+        self.mtime = mtime
+        if self.direct is not None:
+            os.utime(self.direct, ns=(mtime, mtime))
+
     def touch(self, now: int | None = None) -> None:
         """Contents changed: set mtime and ctime, and store them with the size."""
         self.mtime = self.ctime = time.time_ns() if now is None else now
@@ -232,6 +254,14 @@ class Image:
     def reload(self) -> None:
         """Take the table from its file again."""
         self._table = None
+
+    def replace_file(self) -> None:
+        """The table file was replaced by another of the same name: forget all that is known of the old one."""
+        self.close()
+        self._ahead = False
+        with open(self.path, "rb", buffering=0) as file:
+            self.size, self.mtime, _ = unpack_header(read_exactly(file.fileno(), HEADER, 0), self.path)
+            self._length = os.fstat(file.fileno()).st_size
 
     def close(self) -> None:
         """Close the table file and let go of the table."""
@@ -338,6 +368,13 @@ class Images:
         self.doubtful: set[ImageId] = set()
         """writable images that a daemon had which was killed, and not synced since: its knowledge of what was
         newer than the durable table is lost, so that table is made anew. Until then nothing is garbage"""
+        self.direct: set[ImageId] = {
+            ImageId(row["id"]) for row in catalog.execute("SELECT id FROM images WHERE direct AND NOT frozen")
+        }
+        """direct images"""
+        self.cloned: dict[ImageId, Cloned] = {}
+        """clones of direct images, for the copies that are made next (:meth:`with_clones`)"""
+        self._clone_numbers = itertools.count(0xF0000000)
         self._open: dict[ImageId, Image] = {}
         self._opened: dict[ImageId, Image] = {}
 
@@ -349,7 +386,7 @@ class Images:
         """The image, for use until :meth:`release`. Raises StoreDamaged."""
         image = self._open.get(number)
         if image is None:
-            row = self.catalog.row("SELECT frozen, live, layers FROM images WHERE id = ?", number)
+            row = self.catalog.row("SELECT frozen, live, layers, direct FROM images WHERE id = ?", number)
             if row is None:
                 raise StoreDamaged(f"image {number} is not in the catalog; run `ramfs fsck` on the store")
             live = None if row["live"] is None else self.layers[row["live"]]
@@ -358,6 +395,9 @@ class Images:
                 image = Image(number, bool(row["frozen"]), live, layers, self.path(number), self._opened)
             except FileNotFoundError as exc:
                 raise StoreDamaged(f"table {self.path(number)} is missing; run `ramfs fsck` on the store") from exc
+            if number in self.direct and live is not None:
+                image.direct = self.layers.path(live.id)
+                image.refresh()
             self._open[number] = image
             if number in self.doubtful:
                 image.doubtful = image.header_stale = True
@@ -389,6 +429,8 @@ class Images:
 
     def is_stale(self, image: Image) -> bool:
         """Is something of the image newer than its last sync? (Then it stays open, and is synced later.)"""
+        if image.direct is not None:
+            return False  # nothing that the kernel does not write back by itself
         if image.frozen:
             return not image.synced_name
         return (
@@ -414,6 +456,8 @@ class Images:
 
         Call in a transaction. Raises OSError (ENOSPC ...); then the source is as before.
         """
+        if source.direct is not None:
+            return self._copy_direct(source, frozen=frozen)
         self.seal(source)
         number, image = self._make(
             Header(source.size, source.mtime, source.ctime), frozen, set(source.layers), source.id
@@ -430,6 +474,66 @@ class Images:
         image.users += 1
         self.catalog.on_rollback(lambda: self.remove_files(number))
         return image
+
+    def _copy_direct(self, source: Image, *, frozen: bool) -> Image:
+        """The same of a direct image, whose file stays what it is: the copy gets a clone of it. In a transaction."""
+        cloned = self.cloned.pop(source.id, None) or self.clone(source)
+        extents, layers = cloned.extents, set[LayerId]()
+        header = Header(cloned.size, cloned.mtime, max(source.ctime, cloned.ctime))
+        if extents:
+            layers = {self.adopt(cloned).id}
+        else:
+            self.discard([cloned])
+        number, image = self._make(header, frozen, layers, source.id)
+        try:
+            for layer in layers:
+                for first, entries in entries_of(extents, layer):
+                    image.put_entries(first, entries)
+        except BaseException:
+            image.close()
+            os.unlink(image.path)
+            raise
+        self._open[number] = image
+        image.users += 1
+        self.catalog.on_rollback(lambda: self.remove_files(number))
+        return image
+
+    def clone(self, source: Image, offset: int = 0, length: int = 0, at: int = 0) -> Cloned:
+        """A range of a direct image as it is at one moment: see Cloned.make. Takes long if much is dirty."""
+        assert source.direct is not None
+        return Cloned.make(source.direct, self.clone_path(), offset, length, at)
+
+    def clone_path(self) -> str:
+        """A new path for a clone, which will be a layer, or is discarded."""
+        path = os.path.join(self.layers.directory, f"{next(self._clone_numbers):08x}.ram.new")
+        self.layers.making.add(path)
+        return path
+
+    def discard(self, clones: Iterable[Cloned]) -> None:
+        """Remove clones that nobody needs."""
+        for cloned in clones:
+            cloned.discard()
+            self.layers.making.discard(cloned.path)
+
+    def adopt(self, cloned: Cloned) -> Layer:
+        """Let a clone be a sealed layer. Call in a transaction."""
+        layer = self.layers.adopt(cloned.path)
+        self.layers.making.discard(cloned.path)
+        self.layers.unsynced_names.add(layer.id)
+        self.unsynced.add(layer.id)
+        self.note_shared({layer.id})
+        return layer
+
+    @contextlib.contextmanager
+    def with_clones(self, cloned: dict[ImageId, Cloned]) -> Iterator[None]:
+        """Copies of direct images that are made in this block, which must not await, are of these clones."""
+        self.cloned = cloned
+        try:
+            yield
+        finally:
+            self.cloned = {}
+            self.discard(cloned.values())
+            cloned.clear()
 
     def _make(
         self, header: Header, frozen: bool, layers: set[LayerId], parent: ImageId | None
@@ -457,6 +561,7 @@ class Images:
 
     def seal(self, image: Image) -> None:
         """Let the image's live layer take no more writes; the next write begins a new one. In a transaction."""
+        assert image.direct is None
         live = image.live
         if live is not None:
             self.layers.seal(live, image.pages << PAGE_SHIFT)
@@ -507,6 +612,9 @@ class Images:
         self.replaced |= unpack_layers(row["layers"])
         self.doomed.add(number)
         self.catalog.on_rollback(lambda: self.doomed.discard(number))
+        if number in self.direct:
+            self.direct.discard(number)
+            self.catalog.on_rollback(lambda: self.direct.add(number))
         image = self._open.get(number)
         if image is not None and image.users == 0:
             del self._open[number]
@@ -588,7 +696,9 @@ class Images:
                 self.synced_meanwhile.add(image.id)
             if image.frozen:
                 self._collect_frozen(job, image)
-            elif image.header_stale or (image._table is not None and image._table.stale.any()):
+            elif image.direct is None and (
+                image.header_stale or (image._table is not None and image._table.stale.any())
+            ):
                 self._collect(job, image)
         for number in {self.layers[n].base for n in wanted if n in self.layers.by_id} & self.unsynced:
             layer = self.layers[number]

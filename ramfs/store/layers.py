@@ -68,6 +68,8 @@ class LayerFile:
         except FileNotFoundError as exc:
             raise StoreDamaged(f"layer file {path} is missing; run `ramfs fsck` on the store") from exc
         self.size = os.fstat(self.fd).st_size
+        if writable and self.size % PAGE:  # until a moment ago it was a direct image's (store/direct.py)
+            self.extend(pages(self.size) << PAGE_SHIFT)
         self.end = self.size
         """nothing was ever written behind this byte"""
         self.view: memoryview | None = None
@@ -388,6 +390,23 @@ class Layers:
             if file.written is not None and number in self.by_id:
                 self.undroppable.add(number)  # it is forgotten which pages are not on disk
             file.close()
+
+    def let_go(self, number: LayerId) -> None:
+        """Have no descriptor and no mapping of a layer's file any more; not during a read."""
+        self.close_file(number)
+        self._behind.pop(number, None)
+        self.retired.clear()
+
+    def unseal(self, layer: Layer) -> None:
+        """Let a layer that nothing names yet take writes. Call in a transaction."""
+        self.catalog.execute("UPDATE layers SET sealed = 0, digested = 0 WHERE id = ?", layer.id)
+        before = layer.sealed, layer.digested
+        layer.sealed = layer.digested = False
+
+        def undo() -> None:
+            layer.sealed, layer.digested = before
+
+        self.catalog.on_rollback(undo)
 
     def forget(self, layer: Layer) -> None:
         """Remove the row of a layer that no table names. In a transaction; :meth:`unlink_files` once it is durable."""

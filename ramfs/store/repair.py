@@ -233,6 +233,18 @@ class Fixer:
             known = unpack_layers(row["layers"]) | {LayerId(n) for n in layers}
             self.sql("UPDATE images SET layers = ? WHERE id = ?", pack_layers(known), image)
 
+    def end_direct(self, image: int, check: Check, table: TableCopy | None) -> None:
+        """Let an image have a table that was the file of a layer which cannot be its own any more."""
+        self.sql("UPDATE images SET direct = 0, live = NULL WHERE id = ?", image)
+        if table is not None and check.images[image]["live"] in check.layers:
+            self.seal(check.images[image]["live"])
+            self._replace(image, table)
+            return
+        size = PAGE
+        with contextlib.suppress(OSError, StoreDamaged):
+            size = max(size, read_table(check.table_path(image)).header.size)
+        self._write_lost(image, size)
+
     def drop_image(self, image: int) -> None:
         """Remove an image that no file has."""
         row = self.row("SELECT live FROM images WHERE id = ?", image)

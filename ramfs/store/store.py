@@ -9,6 +9,7 @@ Three ways a store can have ended, told apart by two rows of ``meta``:
 
 import contextlib
 import ctypes
+import logging
 import os
 import time
 import uuid
@@ -20,7 +21,8 @@ import numpy as np
 from ramfs.errors import StoreDamaged, StoreError
 from ramfs.image.digest import DIGEST
 from ramfs.image.table import ENTRY, Mask, runs_of
-from ramfs.store.catalog import Catalog
+from ramfs.store.catalog import Catalog, settle_version
+from ramfs.store.direct import leave_all
 from ramfs.store.files import copy_range, data_extents, read_exactly, stored_pages, sync_data, sync_directory, write_all
 from ramfs.store.images import (
     HEADER,
@@ -39,6 +41,8 @@ from ramfs.store.outcomes import Outcomes
 from ramfs.store.presence import forget_unsynced
 from ramfs.store.reserve import Reserve
 from ramfs.units import ZERO, LayerId, pages
+
+log = logging.getLogger(__name__)
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _PARTS: Final = ("layers", "tables")
@@ -138,9 +142,11 @@ class Store:
             self._sweep()
         elif catalog.meta("garbage"):
             self._sweep()
+        leave_all(self.images, log.warning)
         with catalog.transaction():
             catalog.set_meta("boot_id", now)
             catalog.set_meta("clean", 0)
+            settle_version(catalog)
             self.outcomes.forget_all()
         sync_directory(self.directory)
         catalog.sync()
@@ -163,8 +169,9 @@ class Store:
             )
         self._doom_unnamed()
         rows = self.catalog.execute("SELECT id FROM images WHERE NOT frozen").fetchall()
-        self.images.doubtful = {row["id"] for row in rows}
-        files = {layer.id for layer in self.layers.by_id.values() if not layer.is_alias}
+        self.images.doubtful = {row["id"] for row in rows} - self.images.direct
+        live = {row["live"] for row in self.catalog.execute("SELECT live FROM images WHERE direct")}
+        files = {layer.id for layer in self.layers.by_id.values() if not layer.is_alias} - live
         self.images.unsynced |= files
         self.layers.unsynced_names |= files
         self.outcomes.take_over()
@@ -211,7 +218,7 @@ class Store:
 
     def _replace_tables(self, source: str, target: str) -> None:
         """Let every writable image's ``target`` table file be a copy of its ``source``."""
-        for row in self.catalog.execute("SELECT id FROM images WHERE NOT frozen"):
+        for row in self.catalog.execute("SELECT id FROM images WHERE NOT frozen AND NOT direct"):
             good, bad = self.images.path(row["id"], source), self.images.path(row["id"], target)
             if not os.path.exists(good):
                 if source == "map":
@@ -232,7 +239,7 @@ class Store:
         (They read as zeros anyway; but a page that is named and not there is damage to whoever checks.)
         """
         stored: dict[LayerId, Mask | None] = {}
-        for row in self.catalog.execute("SELECT id FROM images WHERE NOT frozen"):
+        for row in self.catalog.execute("SELECT id FROM images WHERE NOT frozen AND NOT direct"):
             path = self.images.path(row["id"], "durable")
             with contextlib.suppress(FileNotFoundError, StoreDamaged):
                 fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -307,9 +314,11 @@ class Store:
                 with self.images.some_doubtful() as images:
                     self._sync(images)
             self._sync(self.images.open_images(), self.arrived())
+            leave_all(self.images, log.warning)
             self._sync_files()  # from now on .map counts, which no sync before has written
             with self.catalog.transaction():
                 self.catalog.set_meta("clean", 1)
+                settle_version(self.catalog)
                 garbage = self.images.replaced or self.images.doomed or self.layers.held
                 self.catalog.set_meta("garbage", int(bool(garbage)))
             self.catalog.sync()

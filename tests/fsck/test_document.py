@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ramfs.store.catalog import FORMAT_VERSION, SCHEMA
+from ramfs.store.catalog import DIRECT_VERSION, FORMAT_VERSION, SCHEMA
 from ramfs.store.check import KINDS
 from ramfs.store.images import HEADER, MAGIC, VERSION, Header, pack_header
 from ramfs.units import LOST
@@ -54,6 +54,7 @@ def test_the_table_header() -> None:
 
 def test_the_version() -> None:
     assert f"format version is **{FORMAT_VERSION}**" in DOCUMENT
+    assert f"or {DIRECT_VERSION} while" in DOCUMENT
 
 
 @pytest.mark.parametrize("table", ["layers", "images", "inodes", "names", "xattrs", "meta"])
