@@ -12,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.vm.guest import Guest
+
 from . import peers
-from .bench import PAGE, Bench, Unavailable, bdi, run, unmount
+from .bench import PAGE, PATIENCE, Bench, Unavailable, bdi, run, unmount
 from .cases import RAMFS, case, dense, disk, serve, set_read_ahead, turns
 from .stats import Goal, Measure
 
@@ -161,13 +163,38 @@ def written(point: Path) -> int:
 
 @case("dirtying", "bytes to the disk and host memory while a guest stores into a quarter of its memory all the time")
 def dirtying(bench: Bench) -> list[Measure]:
-    seconds = 70  # twice what the kernel waits until it writes a page back
-    work = bench.size // 4
     rate = Measure("written to disk, of what is stored into, in each minute", "x")
     peak = Measure("largest host memory meanwhile, of what is stored into", "x")
+    # Twice what the kernel waits until it writes a page back.
+    for name, (wrote, most) in dirtied(bench, (RAMFS, PLAIN), 70).items():
+        rate.add(name, wrote)
+        peak.add(name, most)
+    return [rate, peak]
+
+
+@case("expiry", "the same by how long the kernel keeps dirty pages, vm.dirty_expire_centisecs")
+def expiry(bench: Bench) -> list[Measure]:
+    rate = Measure("written to disk, of what is stored into, in each minute", "x")
+    peak = Measure("largest host memory meanwhile, of what is stored into", "x")
+    knob = Path("/proc/sys/vm/dirty_expire_centisecs")
+    before = knob.read_text()
+    try:
+        for seconds in (15, 30, 60):
+            knob.write_text(f"{seconds * 100}\n")
+            for name, (wrote, most) in dirtied(bench, (RAMFS, PLAIN), seconds * 7 // 3).items():
+                rate.add(f"{name}, {seconds} s", wrote)
+                peak.add(f"{name}, {seconds} s", most)
+    finally:
+        knob.write_text(before)
+    return [rate, peak]
+
+
+def dirtied(bench: Bench, names: Sequence[str], seconds: int) -> dict[str, tuple[float, float]]:
+    """For each: bytes to disk in each minute, and the largest host memory; both of what is stored into each second."""
+    work = bench.size // 4
     with ExitStack() as stack:
         places: dict[str, tuple[Path, Ground, Path, np.ndarray]] = {}
-        for name in (RAMFS, PLAIN):
+        for name in names:
             point = stack.enter_context(disk(bench))
             at = stack.enter_context(ground(bench, name, point))
             block = at.root / peers.BLOCK_FILE
@@ -184,11 +211,45 @@ def dirtying(bench: Bench) -> list[Measure]:
                 memory[1 :: PAGE // 8] = second
                 most[name] = max(most[name], at.memory([block]))
             time.sleep(max(0.0, begun + 1 - time.monotonic()))
-        for name, (point, *_) in places.items():
-            rate.add(name, (written(point) - before[name]) / work * 60 / seconds)
-            peak.add(name, most[name] / work)
+        found = {
+            name: ((written(point) - before[name]) / work * 60 / seconds, most[name] / work)
+            for name, (point, *_) in places.items()
+        }
         places.clear()
-    return [rate, peak]
+    return found
+
+
+@case("guests", "until a guest has booted, and until one that was resumed has checked its memory, by read-ahead")
+def guests(bench: Bench) -> list[Measure]:
+    booted = Measure("from QEMU's start until the guest is up", "ms")
+    resumed = Measure("from the load of its state until a guest has checked 32 MiB of its memory", "ms")
+    settings = {RAMFS: 512} | {f"read-ahead {ahead} KiB": ahead for ahead in (0, 128, 4096)}
+    with peers.ramfs_mount(bench) as at:
+        served = peers.Served(at.root, mount=at.root)
+        vm, frozen = at.root / "vm", at.root / "vm" / ".snap" / "s"
+        vm.mkdir()
+        with Guest(vm / "ram", boot="fill=1:32") as guest:
+            guest.wait_for_line("= filled", PATIENCE)
+            run([*bench.ramfs, "snapshot", vm, "s", "--qmp", guest.socket])
+        for number, name in turns(bench, list(settings)):
+            set_read_ahead(served, settings[name])
+            place = at.root / f"guest{number}"
+            place.mkdir()
+            begun = time.monotonic()
+            with Guest(place / "ram") as guest:
+                guest.wait_for_line("guest is up", PATIENCE)
+                booted.add(name, (time.monotonic() - begun) * 1e3)
+            run(["rm", "-r", place])
+            run(["cp", "-r", frozen, place])
+            with Guest(place / "ram", incoming=True) as guest:
+                begun = time.monotonic()
+                guest.load(place / "state")
+                answer = guest.say("verify", PATIENCE)
+                if not answer.startswith("verified ok"):
+                    raise RuntimeError(f"a resumed guest: {answer}")
+                resumed.add(name, (time.monotonic() - begun) * 1e3)
+            run(["rm", "-r", place])
+    return [booted, resumed]
 
 
 @case("tuning", "what read-ahead and the number of background requests do to cold reads")
