@@ -35,7 +35,8 @@ class MountFailed(AssertionError):
 class Mount:
     """`ramfs mount -f STORE MOUNTPOINT` as a subprocess of the test: the supervisor, which starts the daemon.
 
-    `options` go to `-o`; `args` are further arguments of `ramfs mount`; `env` is added to the environment.
+    `options` go to `-o`; `args` are further arguments of `ramfs mount`; `env` is added to the environment, and
+    `prefix` stands before the command: one that starts another in its own place, such as nsenter (see hosts.py).
     Its log is what the daemon wrote to standard output and error since the Mount was made, restarts
     included. The mountpoint is made when it is missing.
     """
@@ -48,12 +49,14 @@ class Mount:
         *,
         args: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
     ) -> None:
         self.store = Path(store)
         self.path = Path(mountpoint)
         self.options = tuple(options)
         self.args = tuple(args)
         self.env = dict(env or {})
+        self.prefix = tuple(prefix)
         self.process: subprocess.Popen[bytes] | None = None
         self._log = bytearray()
         self._log_file: int | None = None
@@ -66,7 +69,7 @@ class Mount:
         assert not self.running, f"{self.path} is being served already"
         if not os.path.lexists(self.path):
             self.path.mkdir(parents=True)
-        command = [sys.executable, "-m", "ramfs", "mount", "-f", *self.args]
+        command = [*self.prefix, sys.executable, "-m", "ramfs", "mount", "-f", *self.args]
         if self.options:
             command += ["-o", ",".join(self.options)]
         self._collect_log()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import Mount
+from hosts import Host
 from mount.posix import eventually, pattern, status
 
 MB = 1 << 20
@@ -29,6 +31,26 @@ def nbdkit(socket: Path, *words: str | Path) -> Iterator[str]:
         yield f"nbd+unix:///?socket={socket}"
     finally:
         process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
+def served_on(host: Host, directory: Path, *words: str) -> Iterator[str]:
+    """A directory, served by nbdkit to other hosts; the URI without an export.
+
+    It is started again when it ends, as its unit does: nbdkit 1.32 fails an assertion of its own (raw_send_socket) when
+    a connection breaks while several threads answer on it.
+    """
+    command = ["nbdkit", "-f", "-r", "-i", host.address, *words, "file", f"dir={directory}"]
+    again = ["sh", "-c", 'while :; do "$@"; sleep 0.2; done', "again"]
+    process = subprocess.Popen(
+        [*host.prefix, *again, *command], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        eventually(lambda: host.listens(10809), "nbdkit listens")
+        yield f"nbd://{host.address}/"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 

@@ -110,6 +110,7 @@ class Guest:
             command += ["-incoming", "defer"]
         self.command = [*command, *args]
         self.lines: list[str] = []
+        self._asked = 0
         self._heard = threading.Condition()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
         self.process = subprocess.Popen(
@@ -164,20 +165,22 @@ class Guest:
 
     # --- the serial line ---
 
-    def say(self, command: str, timeout: float = 30) -> str:
-        """Give the guest a command and return its answer."""
-        asked = len(self.lines)
+    def ask(self, command: str) -> None:
+        """Give the guest a command, and do not wait for its answer."""
+        self._asked = len(self.lines)
         assert self.process.stdin is not None
         self.process.stdin.write(f"{command}\n".encode())
         self.process.stdin.flush()
-        found: list[str] = []
 
-        def answered() -> bool:
-            found[:] = [line[2:] for line in self.lines[asked:] if line.startswith("= ")]
-            return bool(found)
+    def answers(self) -> list[str]:
+        """What it has answered to the last command."""
+        return [line[2:] for line in self.lines[self._asked :] if line.startswith("= ")]
 
-        self._wait(answered, timeout, f"did not answer {command!r}")
-        return found[0]
+    def say(self, command: str, timeout: float = 30) -> str:
+        """Give the guest a command and return its answer."""
+        self.ask(command)
+        self._wait(lambda: bool(self.answers()), timeout, f"did not answer {command!r}")
+        return self.answers()[0]
 
     def wait_for_line(self, pattern: str, timeout: float = 30) -> str:
         """Wait until the guest has said a line in which the regular expression is found."""
