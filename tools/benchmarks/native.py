@@ -63,7 +63,7 @@ def forget(place: Path) -> None:
 
 
 @case(
-    "native", "a live file on XFS as a guest maps it: faults from the disk, stores; native, cached, and the file itself"
+    "live", "a live file on XFS as a guest maps it: faults from the disk, stores; native, cached, and the file itself"
 )
 def live(bench: Bench) -> list[Measure]:
     p50 = Measure("fault of a live file that is on the disk alone, random, p50", "us")
