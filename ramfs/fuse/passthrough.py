@@ -68,6 +68,7 @@ class Passthrough:
         if not self.live_refused and not can_reflink(pager.layers.directory):
             self.live_refused = "the file system of the store cannot share blocks between files (XFS and btrfs can)"
         self._pager = pager
+        self._told: set[ImageId] = set()
         self._turning: dict[ImageId, trio.Event] = {}
         """images that are becoming direct, or cease to be; set when that is over"""
         self._backings: dict[LayerId, _Backing] = {}
@@ -114,18 +115,26 @@ class Passthrough:
             event.set()
 
     async def leave_idle(self) -> None:
-        """Let direct images that nobody has open or mapped have a table again. Raises OSError, StoreDamaged."""
-        images = self._pager.images
-        for number in sorted(images.direct):
-            image = images.acquire(number)
+        """Let direct images that nobody has open or mapped have a table again. What fails is told once, and stays."""
+        for number in sorted(self._pager.images.direct):
             try:
-                if self._is_idle(image):
-                    await self._pager.write_out(image)  # before anybody who opens it must wait
-                if self._is_idle(image):
-                    with self._turn(number):
-                        await self._pager.leave(image)
-            finally:
-                images.release(image)
+                await self._leave(number)
+            except (OSError, StoreDamaged) as exc:
+                if number not in self._told:
+                    log.error("image %d stays the file of its layer: %s", number, exc)
+                self._told.add(number)
+
+    async def _leave(self, number: ImageId) -> None:
+        images = self._pager.images
+        image = images.acquire(number)
+        try:
+            if self._is_idle(image):
+                await self._pager.write_out(image)  # before anybody who opens it must wait
+            if self._is_idle(image):
+                with self._turn(number):
+                    await self._pager.leave(image)
+        finally:
+            images.release(image)
 
     def _is_idle(self, image: Image) -> bool:
         if image.direct is None or image.live is None or image.id in self._turning:

@@ -12,6 +12,7 @@ the file of its live layer reads as (store/direct.py).
 """
 
 import contextlib
+import errno
 import itertools
 import os
 import struct
@@ -24,7 +25,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import xxhash
 
-from ramfs.errors import StoreDamaged
+from ramfs.errors import FileError, StoreDamaged
 from ramfs.image.table import ENTRY, Entries, PageTable
 from ramfs.store.behind import Behind
 from ramfs.store.catalog import Catalog
@@ -478,6 +479,9 @@ class Images:
     def _copy_direct(self, source: Image, *, frozen: bool) -> Image:
         """The same of a direct image, whose file stays what it is: the copy gets a clone of it. In a transaction."""
         cloned = self.cloned.pop(source.id, None) or self.clone(source)
+        if cloned.size > MAX_FILE_SIZE:  # the kernel has let it grow beyond what a table can tell of
+            self.discard([cloned])
+            raise FileError(errno.EFBIG)
         extents, layers = cloned.extents, set[LayerId]()
         header = Header(cloned.size, cloned.mtime, max(source.ctime, cloned.ctime))
         if extents:

@@ -385,6 +385,22 @@ def test_sizes_times_and_holes(shared: Mount, here: Path) -> None:
     assert read(path, 10 * PAGE) == pattern(PAGE).ljust(SIZE - 10 * PAGE, b"\0")
 
 
+def test_what_no_table_can_tell_of(own: Mount) -> None:
+    """The kernel lets a file grow beyond the largest that ramfs knows: it stays as it is until it is shorter."""
+    ram = make(own.path / "ram")
+    with opened(ram) as fd:
+        os.pwrite(fd, b"far", 1 << 45)
+        with fails(errno.EFBIG):
+            (own.path / ".snap" / "s").mkdir()
+    own.restart()
+    assert status(own.path)["native"]["live"] == 1
+    with opened(ram, os.O_RDONLY) as fd:
+        assert os.pread(fd, 4, 1 << 45) == b"far"
+    os.truncate(ram, SIZE)
+    idle(own.path)
+    assert read(ram, 0, MB) == pattern(MB)
+
+
 # --- snapshots and copies ---
 
 
