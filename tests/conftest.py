@@ -10,7 +10,7 @@ import fcntl
 import logging
 import os
 import re
-import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,15 +51,33 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[key] = directory
         config.stash[_locks].append(_lock(directory))
         os.close(turn)
-    if config.option.basetemp is None:
+    if config.option.basetemp is None or is_worker(config):  # xdist's would be too long for sockets in it
         config.option.basetemp = str(config.stash[_disk_dir] / "t")
 
 
+def is_worker(config: pytest.Config) -> bool:
+    """Is this one of several processes that share a run (pytest -n)?"""
+    return hasattr(config, "workerinput")
+
+
+@pytest.hookimpl(trylast=True)  # when the workers have ended
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    left = mounts_below(session.config.stash[_disk_dir], session.config.stash[_memory_dir])
+    if is_worker(session.config):
+        return
+    left = [mount for base in (DISK, MEMORY) for run in base.glob("run-*") for mount in _left_in(run, session.config)]
     if left:
         print(f"\nERROR: mounts were left behind: {', '.join(map(str, left))}")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _left_in(run: Path, config: pytest.Config) -> list[Path]:
+    """The mounts in the directory of this run, or of another that has ended."""
+    if run not in (config.stash[_disk_dir], config.stash[_memory_dir]):
+        lock = _lock(run)
+        if lock < 0:
+            return []
+        os.close(lock)
+    return mounts_below(run)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -96,7 +114,7 @@ def _remove(directory: Path) -> None:
     """Remove a run's directory, its mounts first: never a file through a mount."""
     for point in mounts_below(directory):
         unmount(point, lazy=True)
-    shutil.rmtree(directory, ignore_errors=True)
+    subprocess.run(["rm", "-rf", directory], check=False)  # trees may be deeper than Python can recurse
 
 
 # --- in CI nothing skips ---
