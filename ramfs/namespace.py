@@ -423,6 +423,14 @@ class Namespace:
         self.inodes[inode.ino] = inode
         return inode
 
+    def check_plant(self, parent: InodeNumber, name: bytes, caller: Caller) -> Inode:
+        """The directory that :meth:`plant` would change, if it may. Raises as that does."""
+        directory = self.writable_dir(parent)
+        self._free_name(parent, name)
+        if not may(directory, caller, 3):
+            raise FileError(errno.EACCES)
+        return directory
+
     def plant(
         self, parent: InodeNumber, name: bytes, caller: Caller, paths: Iterable[bytes]
     ) -> tuple[InodeNumber, dict[bytes, Image]]:
@@ -430,10 +438,7 @@ class Namespace:
 
         Returns its number, and the images of the files, each in use once. Raises as mkdir does, EACCES too.
         """
-        directory = self.writable_dir(parent)
-        self._free_name(parent, name)
-        if not may(directory, caller, 3):
-            raise FileError(errno.EACCES)
+        directory = self.check_plant(parent, name, caller)
         top = self._insert(stat.S_IFDIR | 0o700, caller.uid, caller.gid, nlink=0, parent=parent)
         directories = {b"": top.ino}
         images: dict[bytes, Image] = {}
@@ -450,12 +455,15 @@ class Namespace:
         return top.ino, images
 
     def _plant_directories(self, path: bytes, known: dict[bytes, InodeNumber], caller: Caller) -> None:
-        if path not in known:
-            above, _, last = path.rpartition(b"/")
-            self._plant_directories(above, known, caller)
-            inode = self._insert(stat.S_IFDIR | 0o700, caller.uid, caller.gid, nlink=0, parent=known[above])
-            self._add_name(known[above], last, inode.ino)
-            known[path] = inode.ino
+        """Make a directory of those that are planted, and all above it, unless they are ``known``."""
+        above = b""
+        for part in path.split(b"/") if path else ():
+            below = above + b"/" + part if above else part
+            if below not in known:
+                inode = self._insert(stat.S_IFDIR | 0o700, caller.uid, caller.gid, nlink=0, parent=known[above])
+                self._add_name(known[above], part, inode.ino)
+                known[below] = inode.ino
+            above = below
 
     def make_unnamed(self, parent: InodeNumber, mode: int, caller: Caller) -> Inode:
         """A new regular file that goes with its last user, unless :meth:`link` gives it a name (O_TMPFILE)."""

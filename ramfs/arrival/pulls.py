@@ -24,7 +24,7 @@ import trio
 
 from ramfs.arrival.fetch import Arrival, Arrivals
 from ramfs.arrival.stream import Stream, Throttle
-from ramfs.errors import RamfsError
+from ramfs.errors import RamfsError, SourceRefused
 from ramfs.image.digest import DIGEST
 from ramfs.pager import Pager
 from ramfs.source.base import PageSource, SourceDirectory
@@ -44,6 +44,8 @@ Opener = Callable[[str], Awaitable[SourceDirectory]]
 _AGAIN: Final = 5.0
 #: Seconds over which the rate is told.
 _LATELY: Final = 2.0
+#: ... and between two looks at what came.
+_SAMPLE: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +121,30 @@ class Pull:
         """Take what is lacking from another source, which must have all files. Raises SourceError, UsageError."""
         pager = self._pulls.pager
         opened: list[tuple[RetrySource, Callable[[], Awaitable[PageSource]]]] = []
+        only = await self._only_name(uri) if len(self._sources) == 1 else None
         for (name, source), arrival in zip(self._sources, self.arrivals, strict=True):
             if arrival.layer.id in pager.layers.arriving:
-                opened.append((source, self._factory(name, self._pulls.digests_of(arrival.layer.id, source.size), uri)))
+                file = self._pulls.digests_of(arrival.layer.id, source.size)
+                opened.append((source, self._factory(name if only is None else only, file, uri)))
         for source, factory in opened:
             await source.switch(factory)
         self.uri = uri
-        pager.store.catalog.execute("UPDATE pulls SET uri = ? WHERE id = ?", uri, self.id)
+        with pager.store.catalog.transaction():
+            pager.store.catalog.execute("UPDATE pulls SET uri = ? WHERE id = ?", uri, self.id)
+            if only is not None:
+                self._sources = [(only, source) for _, source in self._sources]
+                pager.store.catalog.execute("UPDATE arriving SET name = ? WHERE pull = ?", os.fsencode(only), self.id)
+
+    async def _only_name(self, uri: str) -> str | None:
+        """What the only file is called at another source, which has it alone: the URI tells. None if it has more."""
+        directory = await self._pulls.opener(uri)
+        try:
+            names = await directory.names()
+        except SourceRefused:  # it does not list them
+            return None
+        finally:
+            await directory.aclose()
+        return names[0] if len(names) == 1 else None
 
     # -- its stream
 
@@ -203,15 +222,20 @@ class Pull:
             "here_bytes": here << PAGE_SHIFT,
             "zero_bytes": zero << PAGE_SHIFT,
             "fetched_bytes": fetched,
-            "bytes_per_second": self._rate(fetched),
+            "bytes_per_second": self._rate(),
             "demand_faults": faults,
             "demand_seconds": round(sum(each.demand_seconds for each in counts), 6),
             "demand_slowest_seconds": round(max((each.slowest for each in counts), default=0.0), 6),
         }
 
-    def _rate(self, fetched: int) -> int:
+    def sample(self) -> None:
+        """Have a look at how much was fetched by now, for the rate."""
         now = time.monotonic()
+        fetched = sum(arrival.counts.fetched_bytes for arrival in self.arrivals)
         self._samples = [each for each in self._samples if each[0] > now - _LATELY] + [(now, fetched)]
+
+    def _rate(self) -> int:
+        self.sample()
         (began, before), (end, after) = self._samples[0], self._samples[-1]
         return int((after - before) / (end - began)) if end > began else 0
 
@@ -232,7 +256,10 @@ class Pulls:
             self._nursery = nursery
             for pull in self.running:
                 nursery.start_soon(pull.run)
-            await trio.sleep_forever()
+            while True:
+                await trio.sleep(_SAMPLE)
+                for pull in self.running:
+                    pull.sample()
 
     def restore(self) -> None:
         """Take up what another daemon, or mount, has left. Before any request is answered."""
@@ -243,7 +270,7 @@ class Pulls:
             layers = catalog.execute("SELECT layer, name, size FROM arriving WHERE pull = ?", row["id"]).fetchall()
             for layer in layers:
                 number = LayerId(layer["layer"])
-                pull.add(number, layer["name"], layer["size"], self.digests_of(number, layer["size"]))
+                pull.add(number, os.fsdecode(layer["name"]), layer["size"], self.digests_of(number, layer["size"]))
             self.running.append(pull)
 
     def digests_of(self, layer: LayerId, size: int) -> File | None:
@@ -267,7 +294,9 @@ class Pulls:
             if each.size == 0:
                 continue
             layer = self.pager.begin_arrival(each.image, each.size, _wanted(each))
-            catalog.execute("INSERT INTO arriving VALUES (?, ?, ?, ?)", layer.id, number, each.name, each.size)
+            catalog.execute(
+                "INSERT INTO arriving VALUES (?, ?, ?, ?)", layer.id, number, os.fsencode(each.name), each.size
+            )
             if each.digests is not None:
                 self._promise(layer.id, each.digests)
             added.append((layer.id, each))

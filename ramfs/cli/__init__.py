@@ -13,7 +13,10 @@ import ramfs
 from ramfs.errors import EXIT_CODES, MountError, RamfsError
 
 #: Commands and the modules they are in, imported when asked for: numpy and libfuse are not needed to unmount.
-_COMMANDS: Final = ("mount", "umount", "upgrade", "snapshot", "clone", "flatten", "status", "du", "fsck")
+_COMMANDS: Final = (
+    "mount", "umount", "upgrade", "snapshot", "clone", "flatten", "pull", "recover", "pause", "resume", "status", "du",
+    "fsck",
+)  # fmt: skip
 
 _EPILOG: Final = "\b\nExit codes:\n" + "\n".join(f"  {code}  {meaning}" for code, meaning in EXIT_CODES)
 

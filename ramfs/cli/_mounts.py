@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from ramfs.errors import MountError, UsageError
+from ramfs.errors import FileError, MountError, UsageError
 from ramfs.supervisor import client as supervisor
 
 FSTYPE: Final = "fuse.ramfs"
@@ -182,6 +182,19 @@ def locate(path: str) -> tuple[MountEntry, str]:
     if whole is None:
         raise MountError(f"{path} lies in a part of a ramfs mount, and the whole of it is mounted nowhere in sight")
     return whole, os.path.relpath(os.path.join(through.root, os.path.relpath(real, through.mountpoint)), "/")
+
+
+def locate_new(path: str) -> tuple[MountEntry, str, str]:
+    """Where a directory that is to be made will lie: the mount, the way to its parent, its name.
+
+    Raises FileError where it cannot be, MountError.
+    """
+    parent, name = os.path.split(path.rstrip("/") or "/")
+    if os.path.lexists(path):
+        raise FileError(errno.EEXIST, f"{path} exists: choose another name, or remove it first")
+    if not os.path.isdir(parent or "."):
+        raise FileError(errno.ENOENT, f"{parent} is not a directory: make it first")
+    return *locate(parent or "."), name
 
 
 def users(mountpoint: str) -> list[str]:

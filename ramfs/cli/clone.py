@@ -7,7 +7,7 @@ import click
 
 from ramfs.cli._control import asked
 from ramfs.cli._flush import regular_files
-from ramfs.cli._mounts import locate
+from ramfs.cli._mounts import locate, locate_new
 from ramfs.errors import FileError, UsageError
 
 
@@ -27,14 +27,9 @@ def clone(source: str, target: str) -> None:
         raise FileError(errno.ENOTDIR, f"{source} is not a directory: copy single files with cp")
     if os.path.isdir(target):
         target = os.path.join(target, os.path.basename(os.path.realpath(source)))
-    parent, name = os.path.split(target.rstrip("/"))
-    if not os.path.isdir(parent or "."):
-        raise FileError(errno.ENOENT, f"{parent} is not a directory: make it first")
-    other, parent_path = locate(parent or ".")
+    other, parent_path, name = locate_new(target)
     if other.device != mount.device:
         raise UsageError(f"{source} and {target} lie in different mounts: clones share pages, so copy with cp instead")
-    if os.path.lexists(target):
-        raise FileError(errno.EEXIST, f"{target} exists: choose another name, or remove it first")
     for path in regular_files(source):  # what guests stored into mapped pages
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)

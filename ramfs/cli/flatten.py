@@ -5,21 +5,15 @@ import errno
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Any
 
 import click
 
-from ramfs.cli._control import asked
+from ramfs.cli._control import asked, follow
 from ramfs.cli._mounts import locate
 from ramfs.cli._text import human, printable, write_line
-from ramfs.errors import FileError, MountError
-
-#: Seconds between two looks at how far it is.
-_PERIOD: Final = 0.05
-#: Bytes read in one request.
-_PART: Final = 1 << 20
+from ramfs.errors import FileError
 
 Results = list[dict[str, Any]]
 
@@ -33,9 +27,7 @@ def flatten_below(path: str, *, quiet: bool = False) -> Results:
     with _progress(quiet=quiet) as show:
         try:
             with asked(mount, {"flatten": way}, told=True) as fd:
-                while not (told := _read(fd))["finished"]:
-                    show(told)
-                    time.sleep(_PERIOD)
+                told = follow(fd, show)
         except OSError as exc:
             if exc.errno == errno.EINVAL:
                 text = f"{path} has nothing frozen in it: only what never changes can be flat; take a snapshot first"
@@ -50,17 +42,6 @@ def flatten_below(path: str, *, quiet: bool = False) -> Results:
 
 def _join(path: str, below: str) -> str:
     return os.path.join(path, below) if below else path
-
-
-def _read(fd: int) -> Any:
-    text = part = os.pread(fd, _PART, 0)
-    while len(part) == _PART:  # so long is only that of the end, which changes no more
-        part = os.pread(fd, _PART, len(text))
-        text += part
-    try:
-        return json.loads(text)
-    except ValueError:
-        raise MountError("the daemon was replaced meanwhile: run the command again") from None
 
 
 @contextlib.contextmanager

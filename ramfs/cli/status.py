@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ramfs.cli._mounts import FSTYPE, MountEntry, ask, locate, mounted_at, running
+from ramfs.cli._pulls import facts
 from ramfs.cli._text import human, printable
 from ramfs.errors import MountError
 
@@ -89,6 +90,9 @@ def picture(statuses: list[dict[str, Any]]) -> RenderableType:
         ]
         if refused := status.get("native", {}).get("refused"):
             rows.append(("native", f"no file: {refused}"))
+        for pull in status["pulls"]:
+            where = "(removed)" if pull["path"] is None else printable(pull["path"])
+            rows.append(("pull", f"{where} from {printable(pull['source'])}: {', '.join(facts(pull))}"))
         for file in status["open_files"]:
             pids = ", ".join(map(str, file["pids"]))
             how = ", native live" if file.get("live") else ", native" if file.get("native") else ""

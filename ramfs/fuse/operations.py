@@ -982,7 +982,11 @@ class Operations(pyfuse3.Operations):
         """Begin to make a directory whose pages come from elsewhere."""
         if file.job is not None:
             raise FileError(errno.EBUSY)
-        self.namespace.let_go(self.namespace.walk(request.parent, caller))
+        directory = self.namespace.walk(request.parent, caller)
+        try:  # before anybody is asked for anything
+            self.namespace.check_plant(self._check_parent(directory.ino, request.name), request.name, caller)
+        finally:
+            self.namespace.let_go(directory)
         file.job = job = Pulling(self.pulls, self.namespace, request, caller)
         trio.lowlevel.spawn_system_task(job.run)
 

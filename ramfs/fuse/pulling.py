@@ -4,6 +4,7 @@ As with flattening, the work belongs to the open file ``.ramfs/control`` that as
 it went. Closing it before the directory is there ends it, and nothing is left; after that the pull goes on.
 """
 
+import contextlib
 import errno
 import json
 import logging
@@ -15,15 +16,19 @@ import trio
 
 from ramfs.arrival.pulls import Incoming, Options, Pull, Pulls
 from ramfs.errors import RamfsError, SourceBroken, SourceLost, SourceRefused
+from ramfs.fuse.extension import pyfuse3
 from ramfs.namespace import Caller, Namespace
 from ramfs.source.base import SourceDirectory
 from ramfs.source.manifest import NAME, File, fetch_manifest
+from ramfs.source.opening import names_one
 from ramfs.units import MAX_FILE_SIZE, MAX_NAME
 
 log = logging.getLogger(__name__)
 
-#: Seconds that a source has to tell what it has.
+#: Seconds that another source has to answer.
 _PATIENCE: Final = 30.0
+#: The file of an export that has no name, the default of many servers.
+UNNAMED: Final = "default"
 #: Files of one pull, at most.
 _MOST_FILES: Final = 10_000
 
@@ -35,6 +40,14 @@ class Request(NamedTuple):
     parent: bytes
     name: bytes
     options: Options
+
+
+class _Found(NamedTuple):
+    """A file at the source: what it is called there, its bytes, and its digests where they are known."""
+
+    name: str
+    size: int
+    file: File | None
 
 
 class Pulling:
@@ -52,15 +65,12 @@ class Pulling:
         """Do it; errors are told, not raised."""
         with self._scope:
             try:
-                with trio.fail_after(_PATIENCE):
-                    directory = await self._pulls.opener(self._request.uri)
-                    try:
-                        files = await self._look(directory)
-                    finally:
-                        await directory.aclose()
+                directory = await self._pulls.opener(self._request.uri)
+                try:
+                    files = await self._look(directory)
+                finally:
+                    await directory.aclose()
                 self._plant(files)
-            except trio.TooSlowError:
-                self._fail(errno.ETIMEDOUT, f"{self._request.uri} does not say what it has", SourceRefused.exit_code)
             except RamfsError as exc:
                 self._fail(exc.errno, str(exc), exc.exit_code)
             except OSError as exc:
@@ -73,36 +83,28 @@ class Pulling:
     def _fail(self, number: int, text: str, exit_code: int) -> None:
         self._told["error"] = _error(number, text, exit_code)
 
-    async def _look(self, directory: SourceDirectory) -> dict[str, tuple[int, File | None]]:
-        """What there is: for each path its size and, where they are known, its digests."""
+    async def _look(self, directory: SourceDirectory) -> dict[str, _Found]:
+        """What there is, by the paths that it gets."""
+        names = set(await directory.names()) - {NAME}
+        paths = {name or UNNAMED: name for name in sorted(names)}  # by the paths that they get
+        _check_paths(paths, len(names), directory.description)
+        sizes = {path: await _size(directory, name) for path, name in paths.items()}
         manifest = await fetch_manifest(directory)
         known = {} if manifest is None else dict(manifest.files)
-        names = set(await directory.names()) - {NAME}
-        lacking = sorted(known.keys() - names)
-        names |= known.keys()
-        if not names:
+        if not names_one(self._request.uri):  # servers may not export what is empty
+            more = sorted(known.keys() - names)
+            paths |= {path: path for path in more}
+            _check_paths(paths, len(paths), directory.description)
+            sizes |= {path: await _size(directory, path, known[path]) for path in more}
+        if not sizes:
             raise SourceRefused(f"{directory.description} has no files: nothing to pull")
-        if len(names) > _MOST_FILES:
-            raise SourceRefused(f"{directory.description} has {len(names)} files, more than {_MOST_FILES}")
-        found: dict[str, tuple[int, File | None]] = {}
-        for name in sorted(names):
-            _check_name(name, directory.description)
-            file = known.get(name)
-            if file is not None and file.size == 0 and name in lacking:
-                found[name] = (0, None)  # servers may not export what is empty
-                continue
-            source = await directory.open(name)
-            try:
-                if not 0 <= source.size <= MAX_FILE_SIZE:
-                    raise SourceBroken(f"{source.description} has {source.size} bytes, which no file can have")
-                if file is not None and file.size != source.size:
-                    raise SourceBroken(f"{source.description} has {source.size} bytes, and {file.size} by its manifest")
-                found[name] = (source.size, file)
-            finally:
-                await source.aclose()
-        return found
+        for path in sizes.keys() & known.keys():
+            if known[path].size != sizes[path]:
+                where = f"{path} of {directory.description}"
+                raise SourceBroken(f"{where} has {sizes[path]} bytes, and {known[path].size} by its manifest")
+        return {path: _Found(paths[path], size, known.get(path)) for path, size in sizes.items()}
 
-    def _plant(self, files: dict[str, tuple[int, File | None]]) -> None:
+    def _plant(self, files: dict[str, _Found]) -> None:
         """Make directory and files, in one piece."""
         space, request = self._namespace, self._request
         directory = space.walk(request.parent, self._caller)
@@ -110,16 +112,19 @@ class Pulling:
             with space.catalog.transaction():
                 top, images = space.plant(directory.ino, request.name, self._caller, map(os.fsencode, files))
                 incoming = [
-                    Incoming(images[os.fsencode(name)], name, size, None if file is None else file.digests)
-                    for name, (size, file) in files.items()
+                    Incoming(images[os.fsencode(path)], name, size, None if file is None else file.digests)
+                    for path, (name, size, file) in files.items()
                 ]
                 pull = self._pulls.begin(top, request.uri, request.options, incoming)
         finally:
             space.let_go(directory)
+        # The kernel did not see that: it would show the old link count and mtime for minutes.
+        with contextlib.suppress(OSError):  # it may have forgotten the directory
+            pyfuse3.invalidate_inode(directory.ino, attr_only=True)
         for image in images.values():
             space.images.release(image)
         self._pulls.start(pull)
-        sizes = [size for size, _ in files.values()]
+        sizes = [found.size for found in files.values()]
         self._told |= {"id": pull.id, "files": len(files), "bytes": sum(sizes), "verified": pull.verified}
 
     @property
@@ -132,15 +137,39 @@ class Pulling:
         self._scope.cancel()
 
 
-def _check_name(name: str, where: str) -> None:
-    """Raise SourceBroken for what cannot be a file below the directory."""
-    for part in name.split("/"):
-        encoded = os.fsencode(part)
-        if part in ("", ".", "..", ".snap", ".guest", ".ramfs") or b"\0" in encoded or len(encoded) > MAX_NAME:
-            shown = ascii(name[:100])
-            raise SourceBroken(
-                f"{where} has an export that cannot be a file, {shown}; name one in the URI, and pull that"
-            )
+async def _size(directory: SourceDirectory, name: str, known: File | None = None) -> int:
+    """Bytes of a file at the source, which is asked unless it is known that there are none. Raises SourceError."""
+    if known is not None and known.size == 0:
+        return 0
+    source = await directory.open(name)
+    await source.aclose()
+    if not 0 <= source.size <= MAX_FILE_SIZE:
+        raise SourceBroken(f"{source.description} has {source.size} bytes, which no file can have")
+    return source.size
+
+
+def _check_paths(paths: dict[str, str], count: int, where: str) -> None:
+    """Raise SourceBroken unless there can be that many files with these paths below the directory; or SourceRefused."""
+    if count > _MOST_FILES:
+        raise SourceRefused(f"{where} has {count} files, more than {_MOST_FILES}")
+    wrong = next((path for path in paths if not _fit_path(path)), None)
+    if wrong is None and len(paths) < count:
+        wrong = UNNAMED  # one is called that, and another nothing
+    directories = {path[:at] for path in paths for at, char in enumerate(path) if char == "/"}
+    if wrong is None:
+        wrong = next((path for path in paths if path in directories), None)
+    if wrong is not None:
+        raise SourceBroken(
+            f"{where} has an export that cannot be a file, {wrong[:100]!a}; name one in the URI, and pull that"
+        )
+
+
+def _fit_path(path: str) -> bool:
+    parts = [os.fsencode(part) for part in path.split("/")]
+    return not any(
+        part in (b"", b".", b"..", b".snap", b".guest", b".ramfs") or b"\0" in part or len(part) > MAX_NAME
+        for part in parts
+    )
 
 
 class Change(NamedTuple):

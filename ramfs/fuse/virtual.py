@@ -103,10 +103,10 @@ def parse_pull(command: dict[str, Any]) -> Request:
     """A pull command. Raises EINVAL."""
     pull = command["pull"]
     try:
-        uri, wait = str(pull["uri"]), pull.get("wait")
+        uri, wait = _text(pull["uri"]), pull.get("wait")
         parent, name = os.fsencode(pull["parent"]), os.fsencode(pull["name"])
         options = Options(None if wait is None else float(wait), int(pull.get("rate", 0)), bool(pull.get("paused")))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise FileError(errno.EINVAL) from None
     if not _fit_name(name) or b"\0" in parent or options.rate < 0 or not 0 <= (options.wait or 0) < 1e9:
         raise FileError(errno.EINVAL)
@@ -119,17 +119,20 @@ def parse_arrival(command: dict[str, Any]) -> tuple[bytes, Change]:
     try:
         path = os.fsencode(given["path"])
         uri, rate, paused = given.get("uri"), given.get("rate"), given.get("paused")
-        change = Change(uri, None if rate is None else int(rate), paused)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        change = Change(None if uri is None else _text(uri), None if rate is None else int(rate), paused)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise FileError(errno.EINVAL) from None
-    if (
-        b"\0" in path
-        or not isinstance(uri, str | None)
-        or not isinstance(paused, bool | None)
-        or (change.rate or 0) < 0
-    ):
+    if b"\0" in path or not isinstance(paused, bool | None) or (change.rate or 0) < 0:
         raise FileError(errno.EINVAL)
     return path, change
+
+
+def _text(value: Any) -> str:
+    """A string that can be stored. Raises TypeError, ValueError."""
+    if not isinstance(value, str):
+        raise TypeError
+    value.encode()
+    return value
 
 
 def _fit_name(name: bytes) -> bool:

@@ -7,6 +7,7 @@ fault:WORDS:URI                              any of these, failing on purpose (f
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 import trio
@@ -19,6 +20,46 @@ from ramfs.source.nbd.uri import parse
 from ramfs.source.nbd_client import NbdDirectory
 
 _FILE: Final = "file:"
+
+
+def absolute(uri: str) -> str:
+    """The same, with the file names in it absolute: for who has another working directory. Raises UsageError."""
+    if uri.startswith(PREFIX):
+        _, rest = Faults.parse(uri)
+        found = uri[: len(uri) - len(rest)] + absolute(rest)
+    elif uri.startswith(_FILE):
+        path = uri.removeprefix(_FILE)
+        if not path:
+            raise UsageError(f"{uri} names no file: file:PATH")
+        found = _FILE + os.path.abspath(path)
+    else:
+        parsed = parse(uri)
+        socket, certificates = parsed.socket, parsed.certificates
+        if socket and not socket.startswith("\0"):
+            socket = os.path.abspath(socket)
+        if certificates:
+            certificates = os.path.abspath(certificates)
+        if (socket, certificates) == (parsed.socket, parsed.certificates):
+            return uri
+        _check_text(socket + certificates)
+        found = str(replace(parsed, socket=socket, certificates=certificates))
+    _check_text(found)
+    return found
+
+
+def names_one(uri: str) -> bool:
+    """Does it name one export, and not all that there are? Raises UsageError."""
+    if uri.startswith(PREFIX):
+        return names_one(Faults.parse(uri)[1])
+    return not uri.startswith(_FILE) and bool(parse(uri).export)
+
+
+def _check_text(text: str) -> None:
+    """What names a source is text. Raises UsageError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{text!a} has bytes that are not UTF-8: use other names of files") from None
 
 
 class Opener:

@@ -95,7 +95,7 @@ CREATE TABLE IF NOT EXISTS pulls (
 CREATE TABLE IF NOT EXISTS arriving (
     layer INTEGER PRIMARY KEY REFERENCES layers,
     pull  INTEGER NOT NULL REFERENCES pulls,
-    name  TEXT NOT NULL,                    -- what the source calls the file
+    name  BLOB NOT NULL,                    -- what the source calls the file
     size  INTEGER NOT NULL                  -- bytes that it has there
 );
 """
