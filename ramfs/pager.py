@@ -20,7 +20,6 @@ from ramfs.errors import FileError, StoreDamaged
 from ramfs.image.pages import Buffer, is_zero, nonzero_pages, span
 from ramfs.image.table import Entries, Mask, equal_runs, runs_of
 from ramfs.store import behind, direct
-from ramfs.store.catalog import settle_version
 from ramfs.store.direct import Leaving
 from ramfs.store.entering import Entry
 from ramfs.store.files import punch_hole, sync_data
@@ -29,7 +28,7 @@ from ramfs.store.garbage import Pass
 from ramfs.store.gather import LayerPlace
 from ramfs.store.images import Image, SyncJob, unpack_layers
 from ramfs.store.layers import Layer, Places
-from ramfs.store.presence import ZEROS, Presence
+from ramfs.store.presence import ABSENT, ZEROS, Presence
 from ramfs.store.reflink import Cloned, clone_range, entries_of
 from ramfs.store.store import Store
 from ramfs.units import MAX_FILE_SIZE, PAGE, PAGE_SHIFT, ZERO, ImageId, LayerId, pages
@@ -135,7 +134,7 @@ class Pager:
         """Before bytes ``[start, stop)`` change: the rest of their first and last page must be here. Raises Absent."""
         if self.layers.arriving.isdisjoint(image.layers):
             return
-        for at in {start, stop, min(stop, image.size)}:
+        for at in {start, stop, min(start, image.size)}:
             page = at >> PAGE_SHIFT
             if at & (PAGE - 1) and page < image.pages and (entry := int(image.table.entries[page])) != ZERO:
                 self._here(LayerId(entry), page, page + 1)
@@ -408,9 +407,8 @@ class Pager:
             for number in image.layers:
                 layer = self.layers[number]
                 if layer.presence is not None:
-                    states = layer.presence.states[max(low + layer.shift, 0) : low + layer.shift + len(entries)]
-                    part = slice(max(-low - layer.shift, 0), max(-low - layer.shift, 0) + len(states))
-                    there[part] &= (entries[part] != number) | (states != ZEROS)
+                    states = layer.presence.at(low + layer.shift, low + layer.shift + len(entries))
+                    there &= (entries != number) | (states != ZEROS)
             found = np.flatnonzero(there == stored)
             if len(found):
                 return low + int(found[0])
@@ -667,6 +665,7 @@ class Pager:
         Pages that are not ``wanted`` are zeros, None: all are.
         """
         layer = self.layers.create_arriving(size)
+        self.images.unsynced.add(layer.id)  # its files are new
         self.images.name_layers(image, {layer.id})
         image.table.resize(pages(size))
         every = [(0, pages(size))]
@@ -677,52 +676,60 @@ class Pager:
         image.touch()
         return layer
 
-    async def complete(self, layer: Layer) -> None:
-        """All that tables name of an arriving layer is here: from now on it is a sealed one like any other.
+    async def complete(self, layer: Layer) -> bool:
+        """If all that tables name of an arriving layer is here, it is a sealed one like any other from now on.
 
-        First no table names any more what was found to be zeros: it has no page for that. Raises OSError.
+        First no table names any more what was found to be zeros: it has no page for that. False if something is
+        absent. Raises OSError.
         """
         presence, images, catalog = layer.presence, self.images, self.store.catalog
-        assert presence is not None
-        if not catalog.number("SELECT count(*) FROM arriving WHERE layer = ?", layer.id):
-            return
-        done: set[ImageId] = set()
+        if presence is None or layer.id not in self.layers.arriving:
+            return False
         while True:
+            sharings = images.sharings
             names = {each.id: each.shift for each in self.layers.by_id.values() if each.base == layer.id}
-            waiting = set(images.naming(names)) - done
-            if not waiting:
-                break
-            for number in waiting:
-                await self._unname_zeros(number, names, presence)
-            done |= waiting
+            for number in images.naming(names):
+                if not await self._unname_zeros(number, names, presence):
+                    return False
             async with self._sync_lock:
                 await self._run(images.sync_job([], [layer.id]))
+            if layer.id not in self.layers.arriving:  # deleted meanwhile
+                return False
+            if images.sharings == sharings:  # else a table may have got an entry after it was looked at
+                break
         with catalog.transaction():
             self.layers.complete(layer)
-            settle_version(catalog)
+        self.layers.forget_presence(layer, presence)
         images.replaced.add(layer.id)  # what came for nothing, since it was overwritten meanwhile
         await trio.to_thread.run_sync(catalog.sync)
-        self.layers.forget_presence(layer.id, presence)
+        self.layers.unlink_presence(layer.id)
+        return True
 
-    async def _unname_zeros(self, number: ImageId, names: Mapping[LayerId, int], presence: Presence) -> None:
+    async def _unname_zeros(self, number: ImageId, names: Mapping[LayerId, int], presence: Presence) -> bool:
+        """Name zero what is zeros, durably too. False if the image names something that is absent."""
         try:
             image = self.images.acquire(number)
         except StoreDamaged:  # deleted meanwhile; or fsck's to tell
-            return
+            return True
         try:
             for first, stop in image.table.regions(stop=image.pages):
                 for low in range(first, stop, _NAMED_AT_ONCE):
+                    if not self.images.exists(number):
+                        return True
                     entries = image.table.entries[low : min(low + _NAMED_AT_ONCE, stop)]
                     for name, shift in names.items():
-                        states = presence.states[low + shift : low + shift + len(entries)]
-                        zeros = (entries[: len(states)] == name) & (states == ZEROS)
-                        for a, b in runs_of(zeros):
+                        states = presence.at(low + shift, low + shift + len(entries))
+                        named = entries == name
+                        if (named & (states == ABSENT)).any():
+                            return False
+                        for a, b in runs_of(named & (states == ZEROS)):
                             image.synced_name = image.synced_name and not image.frozen  # it is synced in place
                             self._name(image, low + a, low + b, np.uint32(0))
                     await trio.lowlevel.checkpoint()
             await self.sync([image])
         finally:
             self.images.release(image)
+        return True
 
     # -- flat images
 
@@ -872,6 +879,8 @@ class Pager:
                 named |= unpack_layers(row["layers"])
             known, path = self.layers.by_id, self.layers.path
             layers = [known[number] for number in named if number in known]
+            if any(layer.presence is not None for layer in layers):
+                raise FileError(errno.EBUSY, "it is still arriving; wait until it is here")
             bases = {layer.base for layer in layers}
             lacking = [layer for layer in self.undigested() if layer.id in bases]
             if not lacking:

@@ -23,6 +23,7 @@ from typing import Final
 import numpy as np
 import trio
 
+from ramfs.errors import SourceError
 from ramfs.image.pages import nonzero_pages
 from ramfs.image.table import NORESERVE, Mask, runs_of
 from ramfs.pager import Absent, Pager
@@ -89,6 +90,10 @@ class Arrival:
         """seconds that somebody waits, of late"""
         self._most = max(PAGE, min(LARGEST, source.maximum)) >> PAGE_SHIFT
 
+    @property
+    def _is_arriving(self) -> bool:
+        return self.layer.id in self.pager.layers.arriving
+
     # -- what is to be fetched
 
     def unasked(self, first: int, stop: int) -> list[tuple[int, int]]:
@@ -131,16 +136,19 @@ class Arrival:
             try:
                 await rest()
                 await self._store(flight.first, self._padded(flight, buffer, view))
+            except SourceError:
+                if self._is_arriving:
+                    raise
             finally:
                 self._arrived(flight, buffer)
         await self.bring(first, stop)  # they may be more than one fetch
 
     async def bring(self, first: int, stop: int) -> None:
-        """Return when pages ``[first, stop)`` are here. Raises SourceError, OSError."""
+        """Return when pages ``[first, stop)`` are here, or the layer arrives no more. Raises SourceError, OSError."""
         if self.presence.here(first, stop):
             return
         with self._waits(trio.current_time(), stop):
-            while not self.presence.here(first, stop):
+            while self._is_arriving and not self.presence.here(first, stop):
                 pieces = self.pieces(self.unasked(first, stop))
                 if len(pieces) == 1:
                     await self.fetch(*pieces[0], urgent=True)
@@ -179,7 +187,11 @@ class Arrival:
         return bool((first << PAGE_SHIFT) & align or (end & align and end != self.source.size))
 
     async def fetch(self, first: int, stop: int, *, urgent: bool = False) -> None:
-        """Fetch pages that are absent and not on their way. Raises SourceError, OSError."""
+        """Fetch what of some pages is absent and not on its way. Raises SourceError, OSError."""
+        while self._is_arriving and (runs := self.unasked(first, stop)):
+            await self._fetch(*runs[0], urgent)
+
+    async def _fetch(self, first: int, stop: int, urgent: bool) -> None:
         flight, buffer, view = self._take_off(first, stop)
         try:
             await self._read(first << PAGE_SHIFT, view, urgent)
@@ -242,7 +254,7 @@ class Arrival:
 
     def _write(self, first: int, data: memoryview) -> None:
         layers, number = self.pager.layers, self.layer.id
-        if number not in layers.arriving:
+        if not self._is_arriving:
             return  # deleted meanwhile
         self.pager.images.unsynced.add(number)
         kept = nonzero_pages(data)
@@ -305,7 +317,11 @@ class Arrivals:
         while absent.layer in self._pager.layers.arriving:
             arrival = self._by_layer.get(absent.layer)
             if arrival is not None:
-                await arrival.bring(absent.first, absent.stop)
+                try:
+                    await arrival.bring(absent.first, absent.stop)
+                except SourceError:
+                    if absent.layer in self._pager.layers.arriving:
+                        raise
                 return
             await self._more.wait()  # its source is just being opened
 

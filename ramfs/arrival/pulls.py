@@ -14,6 +14,7 @@ import functools
 import json
 import logging
 import os
+import sqlite3
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -156,18 +157,26 @@ class Pull:
                 try:
                     with trio.CancelScope() as self._streaming:
                         await Stream(pager, arrival, self.throttle).run()
-                    if arrival.layer.id in pager.layers.arriving:
-                        await pager.complete(arrival.layer)
+                    await pager.complete(arrival.layer)
                     self.trouble = ""
-                except (RamfsError, OSError) as exc:
-                    if str(exc) != self.trouble:
-                        self.trouble = str(exc)
-                        log.error("pull from %s: %s; trying again", self.uri, exc)
-                    await trio.sleep(_AGAIN)
+                except Exception as exc:  # noqa: BLE001  (guests live on the daemon: nothing here ends it)
+                    await self._put_off(exc)
             self._pulls.arrivals.discard(arrival.layer.id)
             with trio.CancelScope(shield=True):
                 await arrival.source.aclose()
-        self._pulls.finished(self)
+        while self in self._pulls.running:
+            try:
+                self._pulls.finished(self)
+            except sqlite3.Error as exc:
+                await self._put_off(exc)
+
+    async def _put_off(self, exc: Exception) -> None:
+        """Tell why it does not go on, once; it is tried again after a while."""
+        if str(exc) != self.trouble:
+            self.trouble = str(exc)
+            foreseen = isinstance(exc, RamfsError | OSError | sqlite3.Error)
+            log.error("pull from %s: %s; trying again", self.uri, exc, exc_info=None if foreseen else exc)
+        await trio.sleep(_AGAIN)
 
     def tidy(self) -> None:
         """Stop to stream what was deleted."""
@@ -319,11 +328,8 @@ class Pulls:
 
     def finished(self, pull: Pull) -> None:
         """Nothing is lacking any more."""
+        self.pager.store.catalog.execute("DELETE FROM pulls WHERE id = ?", pull.id)
         self.running.remove(pull)
-        catalog = self.pager.store.catalog
-        with catalog.transaction():
-            catalog.execute("DELETE FROM arriving WHERE pull = ?", pull.id)
-            catalog.execute("DELETE FROM pulls WHERE id = ?", pull.id)
         log.info("all of %s is here", pull.uri)
 
     def tidy(self) -> None:

@@ -5,6 +5,7 @@ on. Asked for is only what is absent, not on its way, known to be more than zero
 guests have overwritten or given back meanwhile is never fetched.
 """
 
+import math
 from collections import deque
 from functools import partial
 from typing import Final
@@ -82,7 +83,7 @@ class Stream:
         self._fetched = 0
         self._users: list[Image] = []
         self._names: dict[LayerId, int] = {}
-        self._look_again = 0.0
+        self._look_again = -math.inf
 
     async def run(self) -> None:
         """Return when all that tables name of the layer is here, or it is gone. Raises RamfsError, OSError."""
@@ -122,9 +123,8 @@ class Stream:
             while self._arrival.waiting:
                 await self._arrival.idle.wait()
             for run in self._lacking(*piece):  # some may have come meanwhile, or be wanted no more
-                for first, stop in self._arrival.unasked(*run):
-                    await self._arrival.fetch(first, stop)
-                    self._fetched += (stop - first) << PAGE_SHIFT
+                await self._arrival.fetch(*run)
+                self._fetched += (run[1] - run[0]) << PAGE_SHIFT
 
     def _at_once(self) -> int:
         """How many fetches keep the source busy for a moment, at the rate at which they came until now."""

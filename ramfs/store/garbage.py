@@ -274,7 +274,7 @@ class Pass:
         images.replaced |= self.candidates.keys()
         images.doomed |= self.doomed_images
         images.shared_meanwhile = images.synced_meanwhile = None
-        for number in self.doomed:  # their rows are gone: no later pass would find them
+        for number in self.doomed - self.store.layers.by_id.keys():  # without a row no later pass would find them
             with contextlib.suppress(OSError):
                 self.store.layers.unlink_files(number)
 

@@ -282,8 +282,8 @@ class SyncJob:
     catalog: Catalog
     layers: list[tuple[Layer, str]] = field(default_factory=list)
     """with the paths of their files: there may be more than there are descriptors"""
-    kept: list[tuple[str, int, list[tuple[int, bytes]]]] = field(default_factory=list)
-    """of arriving layers: what is here of them is to be written where; path, pages, and which parts"""
+    kept: list[tuple[str, list[tuple[int, bytes]]]] = field(default_factory=list)
+    """of arriving layers: what is here of them, and is to be written where"""
     layer_names: str | None = None
     """the directory of the layers, when there are new ones"""
     table_names: str | None = None
@@ -306,15 +306,17 @@ class SyncJob:
             # One that is gone was removed as garbage meanwhile.
             with contextlib.suppress(FileNotFoundError):
                 sync_data(path)
-        for path, count, parts in self.kept:
-            if os.path.exists(path.removesuffix("kept") + "here"):
-                write_kept(path, count, parts)
+        for path, parts in self.kept:
+            with contextlib.suppress(FileNotFoundError):
+                write_kept(path, parts)
         if self.layer_names is not None:
             sync_directory(self.layer_names)
         self.catalog.sync()
         for path, anew, length, parts in self.writes:
             # The first durable copy appears complete or not at all: what is there counts after power loss.
             fresh = anew or not os.path.exists(path)
+            if fresh and not parts:
+                continue  # a frozen one that was deleted meanwhile
             flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_TRUNC if fresh else 0)
             fd = os.open(path + ".new" if fresh else path, flags, 0o600)
             try:
@@ -358,6 +360,8 @@ class Images:
         self.layers = layers
         self.unsynced: set[LayerId] = set()
         """layers that were written to since their last fdatasync"""
+        self.sharings = 0
+        """grows whenever a table gets entries of arriving layers"""
         self.shared_meanwhile: set[LayerId] | None = None
         """while garbage is being looked for: layers that got a new user since the search began"""
         self.replaced: set[LayerId] = set()
@@ -405,6 +409,10 @@ class Images:
                 image.synced_name = False
         image.users += 1
         return image
+
+    def exists(self, number: ImageId) -> bool:
+        """Is there such an image? (One that was deleted may still be in use.)"""
+        return self.catalog.row("SELECT id FROM images WHERE id = ?", number) is not None
 
     def release(self, image: Image) -> None:
         """One user of the image less."""
@@ -597,7 +605,8 @@ class Images:
         self.catalog.on_rollback(lambda: setattr(image, "layers", before))
 
     def note_shared(self, layers: set[LayerId]) -> None:
-        """Tell a garbage search under way that these layers got a new user."""
+        """Tell a garbage search under way, and who looks for users of what arrives, that these layers got a new one."""
+        self.sharings += not self.layers.arriving.isdisjoint(layers)
         if self.shared_meanwhile is not None:
             self.shared_meanwhile |= layers
 
@@ -710,13 +719,15 @@ class Images:
             self.unsynced.discard(number)
             if layer.presence is not None:
                 taken = layer.presence.take_unkept()
-                job.kept.append((self.layers.path(number, "kept"), len(layer.presence.states), taken))
+                job.kept.append((self.layers.path(number, "kept"), taken))
                 job.undo.append(lambda presence=layer.presence, taken=taken: presence.put_back(taken))  # type: ignore[misc]
             written = self.layers.take_written(number)
             if written is not None:
                 job.written.append(written)
             job.undo.append(lambda number=number: self.unsynced.add(number))  # type: ignore[misc]
             if number in self.layers.unsynced_names:
+                if layer.presence is not None:  # the digests that its pages are to have
+                    job.layers.append((layer, self.layers.path(number, "xxh3")))
                 job.layer_names = self.layers.directory
                 self.layers.unsynced_names.discard(number)
                 job.undo.append(lambda number=number: self.layers.unsynced_names.add(number))  # type: ignore[misc]

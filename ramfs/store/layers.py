@@ -24,7 +24,7 @@ from ramfs.errors import StoreDamaged
 from ramfs.image.digest import DIGEST, digest_pages
 from ramfs.image.pages import Buffer
 from ramfs.store.behind import Behind, HandedMarks, Marks
-from ramfs.store.catalog import ARRIVING_VERSION, Catalog
+from ramfs.store.catalog import ARRIVING_VERSION, Catalog, settle_version
 from ramfs.store.files import (
     data_extents,
     is_memory,
@@ -34,7 +34,7 @@ from ramfs.store.files import (
     sync_directory,
     write_all,
 )
-from ramfs.store.presence import Presence
+from ramfs.store.presence import Presence, make_kept
 from ramfs.units import LOST, MAX_FILE_SIZE, PAGE, PAGE_SHIFT, LayerId, pages
 
 #: Layer files kept open and mapped at most; the least recently used are closed beyond it.
@@ -176,7 +176,7 @@ class Layers:
         self.catalog = catalog
         self.by_id: dict[LayerId, Layer] = {}
         self.arriving: set[LayerId] = set()
-        """those whose pages are not all here"""
+        """those whose pages are not all here, and their aliases"""
         self.held: set[LayerId] = set()
         """sealed layers that processes may still have mapped through a mount whose daemon was killed: they must stay"""
         self.making: set[str] = set()
@@ -208,18 +208,17 @@ class Layers:
             self._arrive(self.by_id[row["layer"]], Presence(self.path(row["layer"], "here"), pages(row["size"])))
 
     def _arrive(self, layer: Layer, presence: Presence | None) -> None:
-        if presence is None:
-            self.arriving.discard(layer.id)
-        else:
-            self.arriving.add(layer.id)
         for each in self.by_id.values():
             if each.base == layer.id:
                 each.presence = presence
+                (self.arriving.discard if presence is None else self.arriving.add)(each.id)
 
     def _add(self, layer: Layer) -> Layer:
         self.by_id[layer.id] = layer
         if layer.is_alias:
             self._aliases[layer.base, layer.shift] = layer
+        if layer.presence is not None:
+            self.arriving.add(layer.id)
         return layer
 
     def __getitem__(self, layer: LayerId) -> Layer:
@@ -261,6 +260,7 @@ class Layers:
         layer = self.create(pages(size) << PAGE_SHIFT)
         self.catalog.execute("UPDATE layers SET sealed = 1 WHERE id = ?", layer.id)
         layer.sealed = True
+        make_kept(self.path(layer.id, "kept"), pages(size))
         self._arrive(layer, Presence(self.path(layer.id, "here"), pages(size), create=True))
         self.catalog.set_meta("version", ARRIVING_VERSION)
         return layer
@@ -268,17 +268,26 @@ class Layers:
     def complete(self, layer: Layer) -> None:
         """All that tables name of an arriving layer is here, and on disk. Call in a transaction."""
         presence = layer.presence
-        self.catalog.execute("DELETE FROM arriving WHERE layer = ?", layer.id)
+        self._forget_arriving(layer)
         self._arrive(layer, None)
         self.catalog.on_rollback(lambda: self._arrive(layer, presence))
 
-    def forget_presence(self, layer: LayerId, presence: Presence) -> None:
-        """Remove the files that told what was here of a layer, once that it is complete is durable."""
+    def _forget_arriving(self, layer: Layer) -> None:
+        if layer.id not in self.arriving or layer.is_alias:
+            return
+        self.catalog.execute("DELETE FROM arriving WHERE layer = ?", layer.id)
+        settle_version(self.catalog)
+
+    def forget_presence(self, layer: Layer, presence: Presence) -> None:
+        """Let go of what told which pages are here, in the step after the commit of :meth:`complete`."""
         for number, each in self.by_id.items():
-            if each.base == layer and number < len(self.places):
+            if each.base == layer.id and number < len(self.places):
                 self.places[number, HERE] = 0
         self.retired.append(presence)  # a read under way may have its address
         presence.close()
+
+    def unlink_presence(self, layer: LayerId) -> None:
+        """Remove the files that told it, once it is durable that the layer is complete (any thread)."""
         for suffix in ("here", "kept"):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path(layer, suffix))
@@ -308,8 +317,9 @@ class Layers:
                 "INSERT INTO layers (sealed, digested, base, shift) VALUES (1, 1, ?, ?)", layer.base, shift
             )
         )
-        alias = self._add(Layer(number, True, True, layer.base, shift))
+        alias = Layer(number, True, True, layer.base, shift)
         alias.presence = layer.presence
+        self._add(alias)
         self.catalog.on_rollback(lambda: self._drop(alias))
         return alias
 
@@ -410,7 +420,7 @@ class Layers:
 
     def forget(self, layer: Layer) -> None:
         """Remove the row of a layer that no table names. In a transaction; :meth:`unlink_files` once it is durable."""
-        self.catalog.execute("DELETE FROM arriving WHERE layer = ?", layer.id)
+        self._forget_arriving(layer)
         self.catalog.execute("DELETE FROM layers WHERE id = ?", layer.id)
         self._drop(layer)
         self.catalog.on_rollback(lambda: self._add(layer))
@@ -419,11 +429,11 @@ class Layers:
         del self.by_id[layer.id]
         self.undroppable.discard(layer.id)
         self._behind.pop(layer.id, None)
-        if layer.id in self.arriving and layer.presence is not None:
-            self.arriving.discard(layer.id)
-            layer.presence.close()
+        self.arriving.discard(layer.id)
         if layer.is_alias:
             del self._aliases[layer.base, layer.shift]
+        elif layer.presence is not None:
+            layer.presence.close()
 
     def remove_files(self, layer: LayerId) -> None:
         """Remove the files of a layer whose row is gone."""

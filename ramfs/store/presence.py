@@ -40,11 +40,7 @@ class Presence:
     def __init__(self, path: str, pages: int, *, create: bool = False) -> None:
         """Read the states of ``pages`` pages; or ``create`` the file, all absent. Raises OSError, StoreDamaged."""
         self.path = path
-        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_TRUNC if create else 0)
-        try:
-            self._fd = os.open(path, flags, 0o600)
-        except FileNotFoundError as exc:
-            raise StoreDamaged(f"{path} is missing; run `ramfs fsck` on the store") from exc
+        self._fd = self._open(os.O_CREAT | os.O_TRUNC if create else 0)
         try:
             # Pages of this that nothing was written to cost nothing, as in the file.
             self._memory = mmap.mmap(-1, max(pages, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
@@ -60,11 +56,20 @@ class Presence:
             os.close(self._fd)
             raise
 
+    def _open(self, flags: int = 0) -> int:
+        try:
+            return os.open(self.path, os.O_RDWR | os.O_CLOEXEC | flags, 0o600)
+        except FileNotFoundError as exc:
+            raise StoreDamaged(f"{self.path} is missing; run `ramfs fsck` on the store") from exc
+
     def _read(self) -> None:
         if os.fstat(self._fd).st_size != len(self.states):
             raise StoreDamaged(f"{self.path} has not a byte for each page; run `ramfs fsck` on the store")
         for start, stop in data_extents(self._fd):
-            self.states[start:stop] = np.frombuffer(read_exactly(self._fd, stop - start, start), np.uint8)
+            found = np.frombuffer(read_exactly(self._fd, stop - start, start), np.uint8)
+            if (found > ZEROS).any():
+                raise StoreDamaged(f"{self.path} has states that there are not; run `ramfs fsck` on the store")
+            self.states[start:stop] = found
         self.unkept[:] = True
 
     @property
@@ -75,6 +80,8 @@ class Presence:
     def set(self, first: int, states: States) -> None:
         """Pages from ``first`` on are here: their bytes are in the file already. Raises OSError; then they are not."""
         stop = first + len(states)
+        if self._fd < 0:
+            self._fd = self._open()  # the layer was deleted, and that was rolled back
         write_all(self._fd, states.tobytes(), first)
         self.states[first:stop] = states
         self.unkept[first >> CHUNK_SHIFT : ((stop - 1) >> CHUNK_SHIFT) + 1] = True
@@ -83,9 +90,15 @@ class Presence:
         """Is all of a range here?"""
         return bool(self.states[first:stop].all())
 
-    def absent_runs(self, first: int, stop: int) -> list[tuple[int, int]]:
-        """The runs of absent pages within ``[first, stop)``."""
-        return [(first + a, first + b) for a, b in runs_of(self.states[first:stop] == ABSENT)]
+    def at(self, first: int, stop: int) -> States:
+        """The states of pages ``[first, stop)``, which may lie outside of the file: there they count as stored."""
+        low, high = max(first, 0), min(stop, len(self.states))
+        if (low, high) == (first, stop):
+            return self.states[first:stop]
+        found = np.full(stop - first, STORED, np.uint8)
+        if low < high:
+            found[low - first : high - first] = self.states[low:high]
+        return found
 
     def take_unkept(self) -> list[tuple[int, bytes]]:
         """What is to be written to ``ID.kept`` once the layer is synced, as it is now: offsets and bytes."""
@@ -108,11 +121,22 @@ class Presence:
             self._fd = -1
 
 
-def write_kept(path: str, pages: int, parts: list[tuple[int, bytes]]) -> None:
-    """Bring ``ID.kept`` up to date, after a sync of the layer (any thread). Each byte is valid before and after."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def make_kept(path: str, pages: int) -> None:
+    """Make ``ID.kept``: nothing is on disk yet."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
         os.ftruncate(fd, pages)
+    finally:
+        os.close(fd)
+
+
+def write_kept(path: str, parts: list[tuple[int, bytes]]) -> None:
+    """Bring ``ID.kept`` up to date, after a sync of the layer (any thread). Each byte is valid before and after.
+
+    Raises FileNotFoundError when the layer is gone, or complete.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
         for offset, data in parts:
             write_all(fd, data, offset)
         os.fdatasync(fd)

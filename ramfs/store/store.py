@@ -140,6 +140,7 @@ class Store:
                 self._settle_durable()
                 self._replace_tables("durable", "map")
             self._sweep()
+            self.images.unsynced |= {n for n in self.layers.arriving if not self.layers[n].is_alias}
         elif catalog.meta("garbage"):
             self._sweep()
         leave_all(self.images, log.warning)
@@ -212,7 +213,10 @@ class Store:
             stem, _, suffix = name.partition(".")
             if os.path.join(directory, name) in self.layers.making:
                 continue
-            if suffix.endswith("new") or (_is_hex(stem) and int(stem, 16) not in known[directory]):
+            ours = _is_hex(stem) and int(stem, 16) in known[directory]
+            if suffix in ("here", "kept"):
+                ours = ours and int(stem, 16) in self.layers.arriving
+            if suffix.endswith("new") or (_is_hex(stem) and not ours):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(os.path.join(directory, name))
 
@@ -256,8 +260,8 @@ class Store:
             punched = np.zeros(len(part), np.bool_)
             for number in set(np.unique(part).tolist()) - {ZERO}:
                 layer = self.layers.by_id.get(number)
-                if layer is None:
-                    continue
+                if layer is None or layer.presence is not None:
+                    continue  # an absent page is a hole too
                 if layer.base not in stored:
                     stored[layer.base] = self._stored_pages(layer.base)
                 there = stored[layer.base]
