@@ -11,14 +11,14 @@ import contextlib
 import errno
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import trio
 
 from ramfs.errors import FileError, StoreDamaged
 from ramfs.image.pages import Buffer, is_zero, nonzero_pages, span
-from ramfs.image.table import Entries, Mask, equal_runs, runs_of
+from ramfs.image.table import CHUNK, Entries, Mask, equal_runs, runs_of
 from ramfs.store import behind, direct
 from ramfs.store.direct import Leaving
 from ramfs.store.entering import Entry
@@ -31,7 +31,7 @@ from ramfs.store.layers import Layer, Places
 from ramfs.store.presence import ABSENT, ZEROS, Presence
 from ramfs.store.reflink import Cloned, clone_range, entries_of
 from ramfs.store.store import Store
-from ramfs.units import MAX_FILE_SIZE, PAGE, PAGE_SHIFT, ZERO, ImageId, LayerId, pages
+from ramfs.units import LOST, MAX_FILE_SIZE, PAGE, PAGE_SHIFT, ZERO, ImageId, LayerId, pages
 
 #: The most that one request copies byte by byte (copy_file_range may answer with less than was asked).
 COPY_AT_ONCE: Final = 8 << 20
@@ -56,6 +56,20 @@ class Absent(Exception):
         self.layer = layer
         self.first = first
         self.stop = stop
+
+
+class Known(NamedTuple):
+    """What is known of a file that is to arrive (arrival/known.py). Pages in none of the masks are zeros."""
+
+    digests: str
+    """a file with the digests of all pages, which becomes that of the layer"""
+    wanted: Mask
+    """pages that are to arrive"""
+    lost: Mask
+    """... that are lost at the source"""
+    held: Mask
+    """... that ``local``, a frozen image in use, has at the same place"""
+    local: Image | None
 
 
 #: Table entries of the pages that a range touches, the range's first and last byte, and where layers are mapped.
@@ -659,22 +673,56 @@ class Pager:
 
     # -- arriving layers
 
-    def begin_arrival(self, image: Image, size: int, wanted: Mask | None) -> Layer:
+    def begin_arrival(self, image: Image, size: int, known: Known | None) -> Layer | None:
         """Let an image, empty until now, have ``size`` bytes that are still elsewhere. Call in a transaction.
 
-        Pages that are not ``wanted`` are zeros, None: all are.
+        Returns the layer that they arrive in; None if by what is ``known`` nothing has to arrive.
         """
-        layer = self.layers.create_arriving(size)
-        self.images.unsynced.add(layer.id)  # its files are new
-        self.images.name_layers(image, {layer.id})
-        image.table.resize(pages(size))
-        every = [(0, pages(size))]
-        for first, stop in every if wanted is None else runs_of(wanted):
-            for low in range(first, stop, _NAMED_AT_ONCE):
-                self._name(image, low, min(low + _NAMED_AT_ONCE, stop), np.uint32(layer.id))
+        count = pages(size)
+        image.table.resize(count)
+        layer = None
+        if known is None:
+            layer = self.layers.create_arriving(size)
+            self.images.name_layers(image, {layer.id})
+            for low in range(0, count, _NAMED_AT_ONCE):
+                self._name(image, low, min(low + _NAMED_AT_ONCE, count), np.uint32(layer.id))
+        else:
+            entries = self._entries_held(known)
+            wanted = known.wanted | known.held & (entries == ZERO)
+            named = {LayerId(number) for number in np.unique(entries).tolist()} - {ZERO}
+            entries[known.lost] = LOST
+            if wanted.any():
+                layer = self.layers.create_arriving(size, known.digests)
+                named.add(layer.id)
+                entries[wanted] = layer.id
+                assert layer.presence is not None
+                layer.presence.set(0, np.where(wanted, np.uint8(ABSENT), np.uint8(ZEROS)))
+            self.images.name_layers(image, named)
+            for first, stop in _used_chunks(entries):
+                self._name(image, first, stop, entries[first:stop])
+        if layer is not None:
+            self.images.unsynced.add(layer.id)  # its files are new
         image.size = size
         image.touch()
         return layer
+
+    def _entries_held(self, known: Known) -> Entries:
+        """Table entries for the pages that are held, zero for those that are so no more and for all others."""
+        entries = np.zeros(len(known.held), np.uint32)
+        local = known.local
+        if local is None or not self.images.exists(local.id):
+            return entries  # deleted meanwhile
+        where = np.flatnonzero(known.held)
+        found = local.table.entries[where]
+        for number in np.unique(found).tolist():
+            layer = self.layers.by_id.get(number)
+            if layer is None:
+                found[found == number] = ZERO
+            elif layer.presence is not None:
+                of_it = np.flatnonzero(found == number)
+                found[of_it[layer.presence.states[where[of_it] + layer.shift] == ABSENT]] = ZERO
+        entries[where] = found
+        return entries
 
     async def complete(self, layer: Layer) -> bool:
         """If all that tables name of an arriving layer is here, it is a sealed one like any other from now on.
@@ -869,7 +917,10 @@ class Pager:
                     self.layers.note_behind(read)
 
     async def digest_images(self, numbers: Collection[ImageId]) -> dict[LayerId, LayerPlace]:
-        """Make the digests that the layers of frozen images still lack; where these are, then. Raises ENOENT."""
+        """Make the digests that the layers of frozen images still lack; where these are, then.
+
+        Raises ENOENT, and EBUSY while something arrives whose digests nobody knows.
+        """
         while True:
             named: set[LayerId] = set()
             for number in numbers:
@@ -879,11 +930,22 @@ class Pager:
                 named |= unpack_layers(row["layers"])
             known, path = self.layers.by_id, self.layers.path
             layers = [known[number] for number in named if number in known]
-            if any(layer.presence is not None for layer in layers):
-                raise FileError(errno.EBUSY, "it is still arriving; wait until it is here")
             bases = {layer.base for layer in layers}
+            if any(known[base].presence is not None and not known[base].promised for base in bases):
+                raise FileError(errno.EBUSY, "it is still arriving, without digests; wait until it is here")
             lacking = [layer for layer in self.undigested() if layer.id in bases]
             if not lacking:
-                return {n.id: LayerPlace(path(n.base), path(n.base, "xxh3"), n.shift) for n in layers}
+                return {
+                    n.id: LayerPlace(None if n.presence else path(n.base), path(n.base, "xxh3"), n.shift)
+                    for n in layers
+                }
             for layer in lacking:
                 await self.digest(layer)
+
+
+def _used_chunks(entries: Entries) -> list[tuple[int, int]]:
+    """The runs of whole chunks of a table that have something in them: the others stay holes of its file."""
+    padded = np.zeros(-(-len(entries) // CHUNK) * CHUNK, np.bool_)
+    padded[: len(entries)] = entries != ZERO
+    used: Mask = np.asarray(padded.reshape(-1, CHUNK).any(axis=1), np.bool_)
+    return [(a * CHUNK, min(b * CHUNK, len(entries))) for a, b in runs_of(used)]

@@ -5,6 +5,9 @@
     absent             a fetch of its own, which overtakes        a fetch, when nobody waits for one
     on its way         waits for that fetch                       nothing to do
 
+A fetch that the source cannot answer (an unreadable block, a page with a wrong digest) is made anew for each of its
+pages, so that the good ones are not held up. For one that somebody has touched it goes on until it succeeds.
+
 One event for each fetch, set when it has succeeded and when it has failed; whoever waited looks again. Bytes go
 first into the layer's file, then the states of their pages change: a killed daemon leaves pages absent that were
 here already, never the other way round.
@@ -27,7 +30,8 @@ from ramfs.errors import SourceError
 from ramfs.image.pages import nonzero_pages
 from ramfs.image.table import NORESERVE, Mask, runs_of
 from ramfs.pager import Absent, Pager
-from ramfs.source.base import PageSource, Rest, read_soon
+from ramfs.source.base import Rest, read_soon
+from ramfs.source.retry import RetrySource, of_one_read
 from ramfs.store.layers import Layer
 from ramfs.store.presence import ABSENT, STORED, ZEROS, Presence
 from ramfs.units import PAGE, PAGE_SHIFT, LayerId
@@ -39,6 +43,8 @@ LARGEST: Final = 256 << 10
 #: Seconds that a fetch may keep everything else waiting, where that is usually enough: a reply over loopback takes
 #: less than to let another task have its turn, and come back.
 _GLANCE: Final = 150e-6 if (os.cpu_count() or 1) > 1 else 0.0
+#: Buffers of that size that are kept.
+_BUFFERS: Final = 32
 #: Seconds between attempts to store pages for which the store has no room.
 _FULL_AGAIN: Final = 1.0
 
@@ -67,7 +73,7 @@ class _Flight:
 class Arrival:
     """One arriving layer, and the source of its pages."""
 
-    def __init__(self, pager: Pager, layer: Layer, source: PageSource) -> None:
+    def __init__(self, pager: Pager, layer: Layer, source: RetrySource) -> None:
         assert layer.presence is not None
         self.pager = pager
         self.layer = layer
@@ -136,12 +142,12 @@ class Arrival:
             try:
                 await rest()
                 await self._store(flight.first, self._padded(flight, buffer, view))
-            except SourceError:
-                if self._is_arriving:
+            except SourceError as exc:
+                if self._is_arriving and not of_one_read(exc):
                     raise
             finally:
                 self._arrived(flight, buffer)
-        await self.bring(first, stop)  # they may be more than one fetch
+        await self.bring(first, stop)  # they may be more than one fetch, or it could not be answered
 
     async def bring(self, first: int, stop: int) -> None:
         """Return when pages ``[first, stop)`` are here, or the layer arrives no more. Raises SourceError, OSError."""
@@ -186,16 +192,43 @@ class Arrival:
         align = self.source.alignment - 1
         return bool((first << PAGE_SHIFT) & align or (end & align and end != self.source.size))
 
-    async def fetch(self, first: int, stop: int, *, urgent: bool = False) -> None:
-        """Fetch what of some pages is absent and not on its way. Raises SourceError, OSError."""
-        while self._is_arriving and (runs := self.unasked(first, stop)):
-            await self._fetch(*runs[0], urgent)
+    async def fetch(self, first: int, stop: int, *, urgent: bool = False) -> SourceError | None:
+        """Fetch what of some pages is absent and not on its way.
 
-    async def _fetch(self, first: int, stop: int, urgent: bool) -> None:
-        flight, buffer, view = self._take_off(first, stop)
+        Returns why the source could not give some of them; never if it is ``urgent``, for then it is waited for.
+        Raises SourceError, OSError.
+        """
+        error = None
+        while self._is_arriving and (runs := self.unasked(first, stop)):
+            error = await self._fetch(*runs[0], urgent) or error
+            first = runs[0][1]
+        return error
+
+    async def _fetch(self, first: int, stop: int, urgent: bool) -> SourceError | None:
+        error = await self._carry(*self._take_off(first, stop), urgent, patient=urgent and stop - first == 1)
+        if error is None or stop - first == 1:
+            return error
+        errors: list[SourceError] = []
+
+        async def carry(flight: _Flight, buffer: mmap.mmap, view: memoryview) -> None:
+            error = await self._carry(flight, buffer, view, urgent, patient=urgent)
+            if error is not None:
+                errors.append(error)
+
+        await together([partial(carry, *self._take_off(page, page + 1)) for page in range(first, stop)])
+        return errors[0] if errors else None
+
+    async def _carry(
+        self, flight: _Flight, buffer: mmap.mmap, view: memoryview, urgent: bool, patient: bool
+    ) -> SourceError | None:
+        """Bring the pages of a flight. Returns an error of that read alone, unless it is to be ``patient``."""
         try:
-            await self._read(first << PAGE_SHIFT, view, urgent)
-            await self._store(first, self._padded(flight, buffer, view))
+            if patient:
+                await self.source.read_into(flight.first << PAGE_SHIFT, view, urgent=urgent)
+            elif error := await self.source.attempt(flight.first << PAGE_SHIFT, view, urgent=urgent):
+                return error
+            await self._store(flight.first, self._padded(flight, buffer, view))
+            return None
         finally:
             self._arrived(flight, buffer)
 
@@ -218,23 +251,11 @@ class Arrival:
 
     def _arrived(self, flight: _Flight, buffer: mmap.mmap) -> None:
         """They are not on their way any more, whether they came or not."""
-        self._buffers.append(buffer)
+        if len(self._buffers) < _BUFFERS:
+            self._buffers.append(buffer)
         self._asked[flight.first : flight.stop] = False
         self._flights.remove(flight)
         flight.landed.set()
-
-    async def _read(self, offset: int, view: memoryview, urgent: bool) -> None:
-        align = self.source.alignment
-        if (offset | len(view)) & (align - 1) == 0 or (
-            offset & (align - 1) == 0 and offset + len(view) == self.source.size
-        ):
-            await self.source.read_into(offset, view, urgent=urgent)
-            return
-        low = offset & -align
-        high = min((offset + len(view) + align - 1) & -align, self.source.size)
-        wide = memoryview(bytearray(high - low))
-        await self.source.read_into(low, wide, urgent=urgent)
-        view[:] = wide[offset - low : offset - low + len(view)]
 
     async def _store(self, first: int, data: memoryview) -> None:
         """Put pages into the layer's file, and let them be here. Waits for room in the store."""
@@ -274,12 +295,12 @@ async def _nothing() -> None:
     """For a read that is complete."""
 
 
-async def together(jobs: Iterable[Callable[[], Awaitable[None]]]) -> None:
+async def together(jobs: Iterable[Callable[[], Awaitable[object]]]) -> None:
     """Do them at the same time. The first error ends the others, and is raised."""
     failed: list[Exception] = []
     async with trio.open_nursery() as nursery:
 
-        async def run(job: Callable[[], Awaitable[None]]) -> None:
+        async def run(job: Callable[[], Awaitable[object]]) -> None:
             try:
                 await job()
             except Exception as exc:  # noqa: BLE001  (raised below, without the group that a nursery makes of it)

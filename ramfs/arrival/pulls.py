@@ -25,14 +25,16 @@ import trio
 
 from ramfs.arrival.fetch import Arrival, Arrivals
 from ramfs.arrival.stream import Stream, Throttle
-from ramfs.errors import RamfsError, SourceRefused
+from ramfs.errors import RamfsError, SourceError, SourceLost, SourceRefused
 from ramfs.image.digest import DIGEST
-from ramfs.pager import Pager
+from ramfs.pager import Known, Pager
 from ramfs.source.base import PageSource, SourceDirectory
-from ramfs.source.manifest import Digests, File
+from ramfs.source.manifest import File
 from ramfs.source.retry import RetrySource, SourceState
 from ramfs.source.verify import VerifiedSource
+from ramfs.store.files import read_exactly
 from ramfs.store.images import Image
+from ramfs.store.layers import Layer
 from ramfs.store.presence import ABSENT, ZEROS
 from ramfs.units import PAGE_SHIFT, InodeNumber, LayerId, pages
 
@@ -64,7 +66,7 @@ class Incoming(NamedTuple):
     image: Image
     name: str
     size: int
-    digests: Digests | None
+    known: Known | None
 
 
 class Pull:
@@ -85,30 +87,38 @@ class Pull:
         """are all files compared with digests?"""
         self._pulls = pulls
         self._sources: list[tuple[str, RetrySource]] = []
-        self._opened: SourceDirectory | None = None
-        self._opening = trio.Lock()
+        self._switched = trio.Event()
         self._samples: list[tuple[float, int]] = []
         self._streaming = trio.CancelScope()
 
     # -- its source
 
-    def add(self, layer: LayerId, name: str, size: int, file: File | None) -> None:
-        """One more layer that arrives, verified if its digests are known."""
-        self.verified &= file is not None
-        source = RetrySource(self._factory(name, file), self.uri, size, deadline=self.options.wait, tell=self._tell)
+    def add(self, layer: Layer, name: str, size: int) -> None:
+        """One more layer that arrives, each page compared with its digest if these were promised."""
+        self.verified &= layer.promised
+        factory = self._factory(layer, name, size, self.uri)
+        source = RetrySource(factory, self.uri, size, deadline=self.options.wait, tell=self._tell)
         self._sources.append((name, source))
-        arrival = Arrival(self._pulls.pager, self._pulls.pager.layers[layer], source)
+        arrival = Arrival(self._pulls.pager, layer, source)
         self.arrivals.append(arrival)
         self._pulls.arrivals.add(arrival)
 
-    def _factory(self, name: str, file: File | None, uri: str | None = None) -> Callable[[], Awaitable[PageSource]]:
+    def _factory(self, layer: Layer, name: str, size: int, uri: str) -> Callable[[], Awaitable[PageSource]]:
         async def open_source() -> PageSource:
-            directory = await self._pulls.opener(uri or self.uri)
+            directory = await self._pulls.opener(uri)
             try:
                 source = await directory.open(name)
             finally:
                 await directory.aclose()
-            return source if file is None else VerifiedSource(source, file, name)
+            if not layer.promised:
+                return source
+            try:
+                path = self._pulls.pager.layers.path(layer.id, "xxh3")
+                return VerifiedSource(source, await trio.to_thread.run_sync(_read_digests, path, size), name)
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await source.aclose()
+                raise
 
         return open_source
 
@@ -119,22 +129,35 @@ class Pull:
             log.info("pull from %s goes on", self.uri)
 
     async def switch(self, uri: str) -> None:
-        """Take what is lacking from another source, which must have all files. Raises SourceError, UsageError."""
-        pager = self._pulls.pager
-        opened: list[tuple[RetrySource, Callable[[], Awaitable[PageSource]]]] = []
+        """Take what is lacking from another source, which must have all files. Raises SourceError, UsageError.
+
+        All that waits is tried again at once. After an error all is as before.
+        """
+        catalog, arriving = self._pulls.pager.store.catalog, self._pulls.pager.layers.arriving
         only = await self._only_name(uri) if len(self._sources) == 1 else None
-        for (name, source), arrival in zip(self._sources, self.arrivals, strict=True):
-            if arrival.layer.id in pager.layers.arriving:
-                file = self._pulls.digests_of(arrival.layer.id, source.size)
-                opened.append((source, self._factory(name if only is None else only, file, uri)))
-        for source, factory in opened:
-            await source.switch(factory)
-        self.uri = uri
-        with pager.store.catalog.transaction():
-            pager.store.catalog.execute("UPDATE pulls SET uri = ? WHERE id = ?", uri, self.id)
+        opened: list[tuple[RetrySource, Callable[[], Awaitable[PageSource]], PageSource]] = []
+        try:
+            for (name, source), arrival in zip(self._sources, self.arrivals, strict=True):
+                if arrival.layer.id in arriving:
+                    factory = self._factory(arrival.layer, name if only is None else only, source.size, uri)
+                    opened.append((source, factory, await source.open_other(factory)))
+            with catalog.transaction():
+                catalog.execute("UPDATE pulls SET uri = ? WHERE id = ?", uri, self.id)
+                if only is not None:
+                    catalog.execute("UPDATE arriving SET name = ? WHERE pull = ?", os.fsencode(only), self.id)
+            self.uri = uri
             if only is not None:
                 self._sources = [(only, source) for _, source in self._sources]
-                pager.store.catalog.execute("UPDATE arriving SET name = ? WHERE pull = ?", os.fsencode(only), self.id)
+            while opened:
+                source, factory, other = opened.pop()
+                with contextlib.suppress(SourceLost):  # all of that file came meanwhile
+                    await source.use(factory, other)
+        finally:
+            with trio.CancelScope(shield=True):
+                for _, _, other in opened:
+                    await other.aclose()
+        self._switched.set()
+        self._switched = trio.Event()
 
     async def _only_name(self, uri: str) -> str | None:
         """What the only file is called at another source, which has it alone: the URI tells. None if it has more."""
@@ -151,32 +174,48 @@ class Pull:
 
     async def run(self) -> None:
         """Stream until nothing is lacking. Errors are told in ``trouble``, and it is tried again."""
-        pager = self._pulls.pager
-        for arrival in sorted(self.arrivals, key=lambda each: each.source.size):
-            while arrival.layer.id in pager.layers.arriving:
+        left = sorted(self.arrivals, key=lambda each: each.source.size)
+        before: set[str] = set()
+        while True:
+            troubles: set[str] = set()
+            switched = self._switched
+            for arrival in list(left):
                 try:
-                    with trio.CancelScope() as self._streaming:
-                        await Stream(pager, arrival, self.throttle).run()
-                    await pager.complete(arrival.layer)
-                    self.trouble = ""
+                    await self._run(arrival)
+                    left.remove(arrival)
                 except Exception as exc:  # noqa: BLE001  (guests live on the daemon: nothing here ends it)
-                    await self._put_off(exc)
-            self._pulls.arrivals.discard(arrival.layer.id)
-            with trio.CancelScope(shield=True):
-                await arrival.source.aclose()
-        while self in self._pulls.running:
-            try:
-                self._pulls.finished(self)
-            except sqlite3.Error as exc:
-                await self._put_off(exc)
+                    self._report(exc, before)
+                    troubles.add(str(exc))
+            if not troubles:
+                self.trouble = ""
+            if not left:
+                try:
+                    self._pulls.finished(self)
+                    return
+                except sqlite3.Error as exc:
+                    self._report(exc, before)
+                    troubles.add(str(exc))
+            before = troubles
+            with trio.move_on_after(_AGAIN):
+                await switched.wait()
 
-    async def _put_off(self, exc: Exception) -> None:
-        """Tell why it does not go on, once; it is tried again after a while."""
-        if str(exc) != self.trouble:
-            self.trouble = str(exc)
+    async def _run(self, arrival: Arrival) -> None:
+        """Stream one file until nothing of it is lacking. Raises RamfsError, OSError, sqlite3.Error."""
+        pager = self._pulls.pager
+        while arrival.layer.id in pager.layers.arriving:
+            with trio.CancelScope() as self._streaming:
+                await Stream(pager, arrival, self.throttle).run()
+            await pager.complete(arrival.layer)
+        self._pulls.arrivals.discard(arrival.layer.id)
+        with trio.CancelScope(shield=True):
+            await arrival.source.aclose()
+
+    def _report(self, exc: Exception, before: set[str]) -> None:
+        """Tell why it does not go on; in the log, if it was not so ``before``."""
+        self.trouble = str(exc)
+        if self.trouble not in before:
             foreseen = isinstance(exc, RamfsError | OSError | sqlite3.Error)
             log.error("pull from %s: %s; trying again", self.uri, exc, exc_info=None if foreseen else exc)
-        await trio.sleep(_AGAIN)
 
     def tidy(self) -> None:
         """Stop to stream what was deleted."""
@@ -279,16 +318,8 @@ class Pulls:
             layers = catalog.execute("SELECT layer, name, size FROM arriving WHERE pull = ?", row["id"]).fetchall()
             for layer in layers:
                 number = LayerId(layer["layer"])
-                pull.add(number, os.fsdecode(layer["name"]), layer["size"], self.digests_of(number, layer["size"]))
+                pull.add(self.pager.layers[number], os.fsdecode(layer["name"]), layer["size"])
             self.running.append(pull)
-
-    def digests_of(self, layer: LayerId, size: int) -> File | None:
-        """The digests that a layer was promised to have, from its digest file; None if it has none."""
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            path = self.pager.layers.path(layer, "xxh3")
-            digests = np.memmap(path, np.uint8, "r", shape=(pages(size), DIGEST)) if size else np.zeros((0, DIGEST))
-            return File(size, np.asarray(digests, np.uint8))
-        return None
 
     def begin(self, directory: InodeNumber, uri: str, options: Options, files: list[Incoming]) -> Pull:
         """Let images, empty until now, have all that the source has. Call in a transaction; then :meth:`start`."""
@@ -298,27 +329,17 @@ class Pulls:
             directory, uri, json.dumps(_as_json(options)), time.time_ns(),
         )  # fmt: skip
         pull = Pull(self, number, directory, uri, options)
-        added: list[tuple[LayerId, Incoming]] = []
         for each in files:
-            if each.size == 0:
+            layer = self.pager.begin_arrival(each.image, each.size, each.known) if each.size else None
+            if layer is None:
                 continue
-            layer = self.pager.begin_arrival(each.image, each.size, _wanted(each))
             catalog.execute(
-                "INSERT INTO arriving VALUES (?, ?, ?, ?)", layer.id, number, os.fsencode(each.name), each.size
-            )
-            if each.digests is not None:
-                self._promise(layer.id, each.digests)
-            added.append((layer.id, each))
-        for layer_id, each in added:
-            file = None if each.digests is None else File(each.size, each.digests)
-            pull.add(layer_id, each.name, each.size, file)
-            catalog.on_rollback(functools.partial(self.arrivals.discard, layer_id))
+                "INSERT INTO arriving VALUES (?, ?, ?, ?, ?)",
+                layer.id, number, os.fsencode(each.name), each.size, layer.promised,
+            )  # fmt: skip
+            catalog.on_rollback(functools.partial(self.arrivals.discard, layer.id))
+            pull.add(layer, each.name, each.size)
         return pull
-
-    def _promise(self, layer: LayerId, digests: Digests) -> None:
-        """Write what the digests of a layer will be."""
-        with open(self.pager.layers.path(layer, "xxh3"), "wb", opener=_private) as file:
-            file.write(digests.data)
 
     def start(self, pull: Pull) -> None:
         """Let a new pull stream."""
@@ -347,14 +368,18 @@ class Pulls:
         return [pull.status() for pull in self.running]
 
 
-def _wanted(incoming: Incoming) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
-    """Which pages are to arrive: by the digests not those that are only zeros; None for all."""
-    return None if incoming.digests is None else np.asarray(incoming.digests.any(axis=1), np.bool_)
+def _read_digests(path: str, size: int) -> File:
+    """The digests that the pages of a layer were promised to have (any thread). Raises SourceError."""
+    length = pages(size) * DIGEST
+    try:
+        with open(path, "rb", buffering=0) as file:
+            data = read_exactly(file.fileno(), length, 0)
+    except OSError as exc:
+        raise SourceError(f"the digests that were promised cannot be read: {exc}") from exc
+    if len(data) != length:
+        raise SourceError(f"{path} has lost digests that were promised")
+    return File(size, np.frombuffer(data, np.uint8).reshape(-1, DIGEST))
 
 
 def _as_json(options: Options) -> dict[str, Any]:
     return {"wait": options.wait, "rate": options.rate, "paused": options.paused}
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CLOEXEC, 0o600)

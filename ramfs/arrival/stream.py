@@ -14,6 +14,7 @@ import numpy as np
 import trio
 
 from ramfs.arrival.fetch import LARGEST, Arrival, together
+from ramfs.errors import SourceError
 from ramfs.image.table import Mask, runs_of
 from ramfs.pager import Pager
 from ramfs.store.images import Image
@@ -83,14 +84,20 @@ class Stream:
         self._fetched = 0
         self._users: list[Image] = []
         self._names: dict[LayerId, int] = {}
+        self._failed: SourceError | None = None
         self._look_again = -math.inf
 
     async def run(self) -> None:
-        """Return when all that tables name of the layer is here, or it is gone. Raises RamfsError, OSError."""
+        """Return when all that tables name of the layer is here, or it is gone.
+
+        Raises SourceError when all is here but what the source cannot give, and other RamfsErrors, OSError.
+        """
         try:
             while not await self._is_complete():
                 self._cursor, self._began, self._fetched = 0, trio.current_time(), 0
                 await together(partial(self._work, number) for number in range(_MOST))
+                if self._failed is not None:
+                    raise self._failed
         finally:
             self._let_go()
 
@@ -123,8 +130,12 @@ class Stream:
             while self._arrival.waiting:
                 await self._arrival.idle.wait()
             for run in self._lacking(*piece):  # some may have come meanwhile, or be wanted no more
-                await self._arrival.fetch(*run)
-                self._fetched += (run[1] - run[0]) << PAGE_SHIFT
+                error = await self._arrival.fetch(*run)
+                if error is None:
+                    self._fetched += (run[1] - run[0]) << PAGE_SHIFT
+                else:
+                    self._failed = error
+                    self._arrival.touched.clear()  # or it would try these again and again
 
     def _at_once(self) -> int:
         """How many fetches keep the source busy for a moment, at the rate at which they came until now."""

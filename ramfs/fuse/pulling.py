@@ -12,16 +12,19 @@ import os
 from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
+import numpy as np
 import trio
 
+from ramfs.arrival.known import look, new_path
 from ramfs.arrival.pulls import Incoming, Options, Pull, Pulls
 from ramfs.errors import RamfsError, SourceBroken, SourceLost, SourceRefused
 from ramfs.fuse.extension import pyfuse3
 from ramfs.namespace import Caller, Namespace
+from ramfs.pager import Known
 from ramfs.source.base import SourceDirectory
 from ramfs.source.manifest import NAME, File, fetch_manifest
 from ramfs.source.opening import names_one
-from ramfs.units import MAX_FILE_SIZE, MAX_NAME
+from ramfs.units import MAX_FILE_SIZE, MAX_NAME, PAGE_SHIFT
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +73,7 @@ class Pulling:
                     files = await self._look(directory)
                 finally:
                     await directory.aclose()
-                self._plant(files)
+                await self._make(files)
             except RamfsError as exc:
                 self._fail(exc.errno, str(exc), exc.exit_code)
             except OSError as exc:
@@ -104,7 +107,25 @@ class Pulling:
                 raise SourceBroken(f"{where} has {sizes[path]} bytes, and {known[path].size} by its manifest")
         return {path: _Found(paths[path], size, known.get(path)) for path, size in sizes.items()}
 
-    def _plant(self, files: dict[str, _Found]) -> None:
+    async def _make(self, files: dict[str, _Found]) -> None:
+        """Work out what has to arrive of each file, and make them."""
+        layers = self._pulls.pager.layers
+        known: dict[str, Known] = {}
+        new: list[str] = []
+        try:
+            for path, (_, size, file) in files.items():
+                if file is not None and size:
+                    new.append(new_path(layers.directory))
+                    layers.making.add(new[-1])
+                    known[path] = await trio.to_thread.run_sync(look, file.digests, new[-1])
+            self._plant(files, known)
+        finally:
+            for left in new:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(left)
+                layers.making.discard(left)
+
+    def _plant(self, files: dict[str, _Found], known: dict[str, Known]) -> None:
         """Make directory and files, in one piece."""
         space, request = self._namespace, self._request
         directory = space.walk(request.parent, self._caller)
@@ -112,8 +133,8 @@ class Pulling:
             with space.catalog.transaction():
                 top, images = space.plant(directory.ino, request.name, self._caller, map(os.fsencode, files))
                 incoming = [
-                    Incoming(images[os.fsencode(path)], name, size, None if file is None else file.digests)
-                    for path, (name, size, file) in files.items()
+                    Incoming(images[os.fsencode(path)], name, size, known.get(path))
+                    for path, (name, size, _) in files.items()
                 ]
                 pull = self._pulls.begin(top, request.uri, request.options, incoming)
         finally:
@@ -124,8 +145,16 @@ class Pulling:
         for image in images.values():
             space.images.release(image)
         self._pulls.start(pull)
-        sizes = [found.size for found in files.values()]
-        self._told |= {"id": pull.id, "files": len(files), "bytes": sum(sizes), "verified": pull.verified}
+        lost = sum(int(np.count_nonzero(each.lost)) for each in known.values())
+        if lost:
+            log.warning("pull from %s: %d pages are lost there; reading them is an error", request.uri, lost)
+        self._told |= {
+            "id": pull.id,
+            "files": len(files),
+            "bytes": sum(found.size for found in files.values()),
+            "verified": pull.verified,
+            "lost_bytes": lost << PAGE_SHIFT,
+        }
 
     @property
     def text(self) -> bytes:

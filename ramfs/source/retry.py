@@ -10,7 +10,6 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Final, NamedTuple
 
 import trio
@@ -56,6 +55,11 @@ class SourceState(NamedTuple):
     """that failed since then"""
     error: SourceError | None = None
     """the last one"""
+
+
+def of_one_read(error: SourceError) -> bool:
+    """Is it an error of one read, and not of the connection?"""
+    return type(error) is SourceError or isinstance(error, SourceCorrupt)
 
 
 def _tell_nobody(state: SourceState) -> None:
@@ -124,9 +128,22 @@ class RetrySource:
 
         await self._persist(read)
 
+    async def attempt(self, offset: int, buffer: memoryview, *, urgent: bool = False) -> SourceError | None:
+        """As :meth:`read_into`, but an error of this read alone is returned, and the buffer has nothing then."""
+
+        async def read(source: PageSource) -> None:
+            await read_whole(source, offset, buffer, urgent=urgent)
+
+        return await self._persist(read, patient=False)
+
     def read_soon(self, offset: int, buffer: memoryview, patience: float) -> Rest | None:
-        """See ramfs.source.base.read_soon."""
-        anew = partial(self.read_into, offset, buffer, urgent=True)
+        """See ramfs.source.base.read_soon. What is left also raises an error of this read alone."""
+
+        async def anew() -> None:
+            error = await self.attempt(offset, buffer, urgent=True)
+            if error is not None:
+                raise error
+
         if self._source is None or not self.state.ok:
             return anew
         rest = read_soon(self._source, offset, buffer, patience)
@@ -150,8 +167,10 @@ class RetrySource:
         await self._persist(ask)
         return found
 
-    async def _persist(self, work: Callable[[PageSource], Awaitable[None]]) -> None:
-        """Do it until it is done."""
+    async def _persist(
+        self, work: Callable[[PageSource], Awaitable[None]], *, patient: bool = True
+    ) -> SourceError | None:
+        """Do it until it is done; if not ``patient``, or until it meets an error of its own, which is returned."""
         failed, began = 0, 0.0
         try:
             while True:
@@ -165,9 +184,11 @@ class RetrySource:
                         raise SourceLost(f"{self.description} is closed") from exc
                     if source is not self._source:
                         continue  # lost or replaced meanwhile: others have seen to it
-                    if type(exc) is not SourceError and not isinstance(exc, SourceCorrupt):
+                    if not of_one_read(exc):
                         await self._lose(source, exc)
                         continue
+                    if not patient:
+                        return exc
                     if not failed:
                         began = trio.current_time()
                         self._failing += 1
@@ -182,6 +203,7 @@ class RetrySource:
         self._attempts, self._lost_at = 0, None
         if not self.state.ok and not self._failing:
             self._say(SourceState(True, time.time()))
+        return None
 
     def _check_deadline(self, began: float, exc: SourceError) -> None:
         if self.deadline is not None and trio.current_time() >= began + self.deadline:
@@ -223,7 +245,7 @@ class RetrySource:
         lost_at = self._lost_at
         try:
             with trio.CancelScope() as self._opening, trio.fail_after(_OPENING):
-                source = await self._open(self._factory)
+                source = await self.open_other(self._factory)
                 if self._is_wanting():
                     self._use(source)
                 else:
@@ -238,8 +260,8 @@ class RetrySource:
             self._put_off(exc)
             self._check_deadline(lost_at, exc)
 
-    async def _open(self, factory: Factory) -> PageSource:
-        """Open a source that can stand for the first one."""
+    async def open_other(self, factory: Factory) -> PageSource:
+        """Open a source that can stand for the first one, for :meth:`use`. Raises SourceError."""
         source = await factory()
         if source.size != self.size:
             await _close(source)
@@ -281,7 +303,10 @@ class RetrySource:
 
         It is opened first: where that fails the error is raised, and all is as before.
         """
-        source = await self._open(factory)
+        await self.use(factory, await self.open_other(factory))
+
+    async def use(self, factory: Factory, source: PageSource) -> None:
+        """Read from ``source``, which ``factory`` has opened, from now on. Raises SourceLost if this one is closed."""
         if self._closed:
             await _close(source)
             raise SourceLost(f"{self.description} is closed")

@@ -96,7 +96,8 @@ CREATE TABLE IF NOT EXISTS arriving (
     layer INTEGER PRIMARY KEY REFERENCES layers,
     pull  INTEGER NOT NULL REFERENCES pulls,
     name  BLOB NOT NULL,                    -- what the source calls the file
-    size  INTEGER NOT NULL                  -- bytes that it has there
+    size  INTEGER NOT NULL,                 -- bytes that it has there
+    promised INTEGER NOT NULL               -- 1: ID.xxh3 has what a manifest says, and each page is compared with it
 );
 """
 

@@ -32,9 +32,12 @@ class Moved(Exception):
 
 
 class LayerPlace(NamedTuple):
-    """Where a layer's pages are: the paths of the file that has them and of their digests, and how much further on."""
+    """Where a layer's pages are: the paths of the file that has them and of their digests, and how much further on.
 
-    pages: str
+    No path of the pages means that they are still arriving, and their digests are those of the source's manifest.
+    """
+
+    pages: str | None
     digests: str
     shift: int
 
@@ -92,6 +95,8 @@ class Gathering:
         if number in (ZERO, LOST):
             return np.zeros(2, np.uint64) if number == ZERO else _LOST
         place = self._place(number)
+        if place.pages is None:  # it was the last page there too, and zeros are behind its end
+            return self._of_layer(number, page, page + 1)
         data = read_exactly(self._file(place.pages), length, (page + place.shift) << PAGE_SHIFT)
         found = np.frombuffer(digest_padded(data), np.uint64) if data else np.zeros(2, np.uint64)
         return _as_known(found.reshape(1, 2).copy())

@@ -726,8 +726,6 @@ class Images:
                 job.written.append(written)
             job.undo.append(lambda number=number: self.unsynced.add(number))  # type: ignore[misc]
             if number in self.layers.unsynced_names:
-                if layer.presence is not None:  # the digests that its pages are to have
-                    job.layers.append((layer, self.layers.path(number, "xxh3")))
                 job.layer_names = self.layers.directory
                 self.layers.unsynced_names.discard(number)
                 job.undo.append(lambda number=number: self.layers.unsynced_names.add(number))  # type: ignore[misc]

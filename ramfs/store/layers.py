@@ -3,7 +3,7 @@
     state     takes writes   named by         digests
     live      of one image   that image       none
     sealed    never again    any image        made in the background, once
-    arriving  from a source  any image        when it is complete, and then it is sealed
+    arriving  from a source  any image        those of its source's manifest, if that has one; else when it is sealed
 
 An *alias* is a sealed layer without a file: it names the pages of another layer's file, ``shift`` pages
 further on. Aliases exist because page i of an image is page i of its layer: when copy_file_range moves
@@ -151,7 +151,7 @@ class LayerFile:
 class Layer:
     """A layer of the catalog: its number, state, and where its pages lie. An arriving one counts as sealed."""
 
-    __slots__ = ("base", "digested", "id", "presence", "sealed", "shift")
+    __slots__ = ("base", "digested", "id", "presence", "promised", "sealed", "shift")
 
     def __init__(self, number: LayerId, sealed: bool, digested: bool, base: LayerId | None, shift: int) -> None:
         self.id = number
@@ -161,6 +161,8 @@ class Layer:
         self.shift = shift
         self.presence: Presence | None = None
         """of an arriving layer: which pages of its file are here"""
+        self.promised = False
+        """of an arriving layer: are its digests those of a manifest, with which each page is compared?"""
 
     @property
     def is_alias(self) -> bool:
@@ -204,8 +206,10 @@ class Layers:
         """bytes of files that are mapped, without the retired"""
         for row in catalog.execute("SELECT * FROM layers"):
             self._add(Layer(row["id"], bool(row["sealed"]), bool(row["digested"]), row["base"], row["shift"]))
-        for row in catalog.execute("SELECT layer, size FROM arriving"):
-            self._arrive(self.by_id[row["layer"]], Presence(self.path(row["layer"], "here"), pages(row["size"])))
+        for row in catalog.execute("SELECT layer, size, promised FROM arriving"):
+            layer = self.by_id[row["layer"]]
+            layer.promised = bool(row["promised"])
+            self._arrive(layer, Presence(self.path(layer.id, "here"), pages(row["size"])))
 
     def _arrive(self, layer: Layer, presence: Presence | None) -> None:
         for each in self.by_id.values():
@@ -255,22 +259,35 @@ class Layers:
         self.catalog.on_rollback(lambda: self._drop(layer))
         return layer
 
-    def create_arriving(self, size: int) -> Layer:
-        """A new arriving layer for ``size`` bytes, none of them here. Call in a transaction that adds it there."""
+    def create_arriving(self, size: int, digests: str | None = None) -> Layer:
+        """A new arriving layer for ``size`` bytes, none of them here. Call in a transaction that adds it there.
+
+        ``digests`` is a file on disk with the digests that its pages will have; it takes its place.
+        """
         layer = self.create(pages(size) << PAGE_SHIFT)
         self.catalog.execute("UPDATE layers SET sealed = 1 WHERE id = ?", layer.id)
         layer.sealed = True
         make_kept(self.path(layer.id, "kept"), pages(size))
+        if digests is not None:
+            os.rename(digests, self.path(layer.id, "xxh3"))
+            layer.promised = True
         self._arrive(layer, Presence(self.path(layer.id, "here"), pages(size), create=True))
         self.catalog.set_meta("version", ARRIVING_VERSION)
         return layer
 
     def complete(self, layer: Layer) -> None:
-        """All that tables name of an arriving layer is here, and on disk. Call in a transaction."""
-        presence = layer.presence
+        """All that tables name of an arriving layer is here, and on disk. Call in a transaction.
+
+        Its digests, if they were promised, are those of what came: each page was compared.
+        """
+        presence, digested = layer.presence, layer.digested
         self._forget_arriving(layer)
         self._arrive(layer, None)
         self.catalog.on_rollback(lambda: self._arrive(layer, presence))
+        if layer.promised:
+            self.catalog.execute("UPDATE layers SET digested = 1 WHERE id = ?", layer.id)
+            layer.digested = True
+            self.catalog.on_rollback(lambda: setattr(layer, "digested", digested))
 
     def _forget_arriving(self, layer: Layer) -> None:
         if layer.id not in self.arriving or layer.is_alias:

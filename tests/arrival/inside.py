@@ -14,12 +14,13 @@ import trio.testing
 from storekit import ME, Kit
 
 from ramfs.arrival.fetch import Arrivals
+from ramfs.arrival.known import look, new_path
 from ramfs.arrival.pulls import Incoming, Options, Pulls
 from ramfs.errors import SourceLost, SourceRefused
 from ramfs.image.digest import digest_pages
 from ramfs.image.pages import is_zero
 from ramfs.namespace import Namespace
-from ramfs.pager import Absent, Pager
+from ramfs.pager import Absent, Known, Pager
 from ramfs.source.base import Extent, PageSource
 from ramfs.source.manifest import Digests
 from ramfs.store.layers import Layer
@@ -123,13 +124,16 @@ class ArrivingKit(Kit):
         with self.store.catalog.transaction():
             top, images = self.space.plant(ROOT, os.fsencode(name), ME, map(os.fsencode, files))
             incoming = [
-                Incoming(images[os.fsencode(each)], each, len(data), digests_of(data) if verified else None)
+                Incoming(images[os.fsencode(each)], each, len(data), self._known(data) if verified else None)
                 for each, data in files.items()
             ]
             pull = self.pulls.begin(top, "shelf:", Options(**options), incoming)  # type: ignore[arg-type]
         for image in images.values():
             self.store.images.release(image)
         self.pulls.start(pull)
+
+    def _known(self, data: bytes) -> Known:
+        return look(digests_of(data), new_path(self.store.layers.directory))
 
     def run(self, work: Callable[[], Awaitable[object]] | None = None, *, streaming: bool = True) -> None:
         """Let what is pulled arrive until it stands still, and meanwhile do some work, which must come to an end."""
