@@ -43,6 +43,8 @@ LARGEST: Final = 256 << 10
 #: Seconds that a fetch may keep everything else waiting, where that is usually enough: a reply over loopback takes
 #: less than to let another task have its turn, and come back.
 _GLANCE: Final = 150e-6 if (os.cpu_count() or 1) > 1 else 0.0
+#: Seconds without any progress for those who wait, after which the stream waits for them no more.
+_STUCK: Final = 0.5
 #: Buffers of that size that are kept.
 _BUFFERS: Final = 32
 #: Seconds between attempts to store pages for which the store has no room.
@@ -86,8 +88,10 @@ class Arrival:
         """pages after which somebody who waited will look next, the last one last; the stream takes them"""
         self.waiting = 0
         """how many wait for absent pages"""
-        self.idle = trio.Event()
-        self.idle.set()
+        self._idle = trio.Event()
+        self._idle.set()
+        self._moved = 0.0
+        """when somebody began to wait, or had what he waited for"""
         self._flights: list[_Flight] = []
         self._memory = mmap.mmap(-1, len(self.presence.states), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
         self._asked: Mask = np.frombuffer(self._memory, np.bool_)
@@ -168,15 +172,23 @@ class Arrival:
     def _waits(self, began: float, stop: int) -> Iterator[None]:
         """Somebody waits for pages up to ``stop``."""
         self.waiting += 1
+        self._moved = began
         if self.waiting == 1:
-            self.idle = trio.Event()
+            self._idle = trio.Event()
         try:
             yield
         finally:
             self.waiting -= 1
+            self._moved = trio.current_time()
             if self.waiting == 0:
-                self.idle.set()
-            self._count(trio.current_time() - began, stop)
+                self._idle.set()
+            self._count(self._moved - began, stop)
+
+    async def calm(self) -> None:
+        """Return when nobody waits, or all who do wait for what does not come."""
+        while self.waiting and (left := self._moved + _STUCK - trio.current_time()) > 0:
+            with trio.move_on_after(left):
+                await self._idle.wait()
 
     def _count(self, took: float, stop: int) -> None:
         counts = self.counts

@@ -127,8 +127,7 @@ class Stream:
             if piece is None:
                 return
             await self._throttle.wait((piece[1] - piece[0]) << PAGE_SHIFT)
-            while self._arrival.waiting:
-                await self._arrival.idle.wait()
+            await self._arrival.calm()
             for run in self._lacking(*piece):  # some may have come meanwhile, or be wanted no more
                 error = await self._arrival.fetch(*run)
                 if error is None:

@@ -142,7 +142,7 @@ def test_deleted_before_it_is_here(mounted: Mount, uri: str) -> None:
     pull(mounted, uri, paused=True)
     shutil.rmtree(mounted.path / "vm")
     eventually(lambda: not list((mounted.store / "layers").iterdir()), "the layers are gone")
-    assert not pulls(mounted)
+    eventually(lambda: not pulls(mounted), "so is the pull")
 
 
 @pytest.mark.parametrize("how", ["kill_daemon", "kill", "restart"])
