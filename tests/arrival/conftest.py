@@ -22,12 +22,14 @@ MB = 1 << 20
 @contextlib.contextmanager
 def nbdkit(socket: Path, *words: str | Path) -> Iterator[str]:
     """nbdkit on a socket, with these words for filters and plugin; the URI without an export."""
-    socket.unlink(missing_ok=True)
+    pidfile = socket.with_suffix(".pid")  # written when the socket listens
+    for left in (socket, pidfile):
+        left.unlink(missing_ok=True)
     process = subprocess.Popen(
-        ["nbdkit", "-f", "-r", "-U", socket, *words], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ["nbdkit", "-f", "-r", "-U", socket, "-P", pidfile, *words], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        eventually(socket.exists, "nbdkit listens")
+        eventually(pidfile.exists, "nbdkit listens")
         yield f"nbd+unix:///?socket={socket}"
     finally:
         process.kill()
