@@ -87,7 +87,7 @@ class Pull:
         """are all files compared with digests?"""
         self._pulls = pulls
         self._sources: list[tuple[str, RetrySource]] = []
-        self._switched = trio.Event()
+        self._changed = trio.Event()
         self._samples: list[tuple[float, int]] = []
         self._streaming = trio.CancelScope()
 
@@ -156,8 +156,12 @@ class Pull:
             with trio.CancelScope(shield=True):
                 for _, _, other in opened:
                     await other.aclose()
-        self._switched.set()
-        self._switched = trio.Event()
+        self._wake()
+
+    def _wake(self) -> None:
+        """Something has changed: a stream that met an error goes on at once."""
+        self._changed.set()
+        self._changed = trio.Event()
 
     async def _only_name(self, uri: str) -> str | None:
         """What the only file is called at another source, which has it alone: the URI tells. None if it has more."""
@@ -178,7 +182,7 @@ class Pull:
         before: set[str] = set()
         while True:
             troubles: set[str] = set()
-            switched = self._switched
+            changed = self._changed
             for arrival in list(left):
                 try:
                     await self._run(arrival)
@@ -186,8 +190,6 @@ class Pull:
                 except Exception as exc:  # noqa: BLE001  (guests live on the daemon: nothing here ends it)
                     self._report(exc, before)
                     troubles.add(str(exc))
-            if not troubles:
-                self.trouble = ""
             if not left:
                 try:
                     self._pulls.finished(self)
@@ -197,7 +199,8 @@ class Pull:
                     troubles.add(str(exc))
             before = troubles
             with trio.move_on_after(_AGAIN):
-                await switched.wait()
+                await changed.wait()
+            self.trouble = ""  # until it is met again
 
     async def _run(self, arrival: Arrival) -> None:
         """Stream one file until nothing of it is lacking. Raises RamfsError, OSError, sqlite3.Error."""
@@ -222,6 +225,7 @@ class Pull:
         arriving = self._pulls.pager.layers.arriving
         if all(each.layer.id not in arriving for each in self.arrivals):
             self._streaming.cancel()
+            self._wake()
 
     # -- what people see
 
@@ -236,6 +240,7 @@ class Pull:
         self._pulls.pager.store.catalog.execute(
             "UPDATE pulls SET options = ? WHERE id = ?", json.dumps(_as_json(options)), self.id
         )
+        self._wake()
 
     def status(self) -> dict[str, Any]:
         """For status.json; docs/format.md names the fields."""
@@ -266,6 +271,8 @@ class Pull:
             "since": min((each.since for each in bad), default=None),
             "attempts": sum(each.attempts for each in bad),
             "verified": self.verified,
+            "wait": self.options.wait,
+            "rate": self.options.rate,
             "total_bytes": total << PAGE_SHIFT,
             "here_bytes": here << PAGE_SHIFT,
             "zero_bytes": zero << PAGE_SHIFT,

@@ -40,10 +40,14 @@ def facts(pull: dict[str, Any]) -> list[str]:
     found = [f"{pull['state']}, {here / total if total else 1:.0%} of {human(total)}"]
     if rate:
         found += [f"{human(rate)}/s", f"{duration((total - here) / rate)} left"]
+    if pull["rate"]:
+        found.append(f"limited to {human(pull['rate'])}/s")
     if pull["demand_faults"]:
         found.append(faults(pull))
     if not pull["verified"]:
         found.append("unverified")
+    if pull["wait"] is not None:
+        found.append(f"fails {duration(pull['wait'])} after its source was lost")
     if pull["error"]:
         found.append(trouble(pull))
     return found

@@ -8,7 +8,7 @@ import sqlite3
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
 
-from ramfs.errors import FileError, RamfsError
+from ramfs.errors import FileError, RamfsError, SourceError
 from ramfs.fuse.extension import native, pyfuse3
 from ramfs.store.outcomes import REQUEST
 
@@ -44,6 +44,9 @@ def errno_of(exc: Exception, request: str, details: tuple[Any, ...]) -> int:
         return exc.errno
     if isinstance(exc, pyfuse3.FUSEError):
         return int(exc.errno)
+    if isinstance(exc, SourceError):  # told once by the pull, and met by whatever touches an absent page
+        log.debug("%s%r: %s", request, details, exc)
+        return exc.errno
     if isinstance(exc, RamfsError):
         log.error("%s%r: %s", request, details, exc)
         return exc.errno if exc.errno != errno.EUCLEAN else errno.EIO

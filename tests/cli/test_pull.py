@@ -12,16 +12,18 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from arrival.conftest import control
+from arrival.conftest import nbdkit as server
 from cli.conftest import Outcome, run
 from harness import Mount
-from mount.posix import eventually, pattern, read, status
+from mount.posix import errno_of, eventually, fails, pattern, read, status
 from nbd.servers import make_authority, make_certificate, nbdkit
 
 MB = 1 << 20
@@ -236,7 +238,7 @@ def test_raw_commands_that_mean_nothing(mount: Mount, uri: str) -> None:
 @contextlib.contextmanager
 def slow(served: Path) -> Iterator[str]:
     """A server that takes its time with each connection."""
-    with nbdkit("--filter=delay", "file", f"dir={served}", "delay-open=500ms") as uri:
+    with nbdkit("--filter=delay", "file", f"dir={served}", "delay-open=300ms") as uri:
         yield uri
 
 
@@ -261,7 +263,7 @@ def test_interrupted_while_it_is_made(mount: Mount, served: Path) -> None:
         wait_until_asked(process, directory)
         done = end(process, signal.SIGINT)
         assert (done.code, done.out, done.err.strip()) == (130, "", "ramfs: interrupted")
-        time.sleep(2.5)  # it would be there by now
+        time.sleep(1.7)  # it would be there by now
     assert not directory.exists()
     assert pulls(mount) == []
 
@@ -291,3 +293,131 @@ def test_interrupted_while_it_arrives(mount: Mount, uri: str) -> None:
     run("resume", "--rate=0", directory).ok()
     eventually(lambda: not pulls(mount), "all is here")
     assert read(directory / "pc.ram@0x0") == RAM
+
+
+def test_on_a_terminal(mount: Mount, uri: str) -> None:
+    """A bar, and of `status --watch` a row."""
+    master, slave = os.openpty()
+    commands = [("pull", "--wait", "--rate=2M", uri, mount.path / "terminal"), ("status", "-w", mount.path)]
+    pull, watch = (
+        subprocess.Popen(
+            [sys.executable, "-P", "-m", "ramfs", *map(str, command)], stdin=slave, stdout=slave, stderr=slave,
+            env={**os.environ, "TERM": "xterm", "COLUMNS": "200"}, start_new_session=True,
+        )
+        for command in commands
+    )  # fmt: skip
+    os.close(slave)
+    shown = b""
+    while b"all of it is here" not in shown:
+        shown += os.read(master, 1 << 16)
+    watch.send_signal(signal.SIGINT)
+    assert (pull.wait(10), watch.wait(10)) == (0, 0)
+    os.close(master)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert re.search(r"\d+% \S+ MiB left in \S+ m?s, \S+ MiB/s, 0 demand faults", text), text
+    assert re.search(
+        r"terminal from \S+: arriving, \d+% of 4.0 MiB, \S+ MiB/s, \S+ m?s left, limited to 2.0 MiB/s, unverified", text
+    ), text
+    assert "Traceback" not in text
+
+
+# --- a source that is lost ---
+
+
+@pytest.fixture
+def lost(mount: Mount, served: Path, tmp_path: Path) -> Iterator[Callable[[], contextlib.AbstractContextManager[str]]]:
+    """Serves at the same place each time it is called."""
+    mount.expect("pull from .* trying again")
+    directory = Path(tempfile.mkdtemp(prefix="ramfs-nbd-"))
+    yield lambda: server(directory / "s", "file", f"dir={served}")
+    shutil.rmtree(directory)
+
+
+Again = Callable[[], contextlib.AbstractContextManager[str]]
+
+
+def test_waiting_for_a_lost_source(mount: Mount, lost: Again) -> None:
+    directory = mount.path / "waits"
+    with lost() as uri:
+        process = start("pull", "--wait", "--rate=1M", uri, directory)
+        eventually(directory.exists, "the directory is there")
+    assert process.stderr is not None
+    assert re.match(r"ramfs: nbd.*; waiting, and going on when it is back\n", process.stderr.readline())
+    (pull,) = pulls(mount)
+    assert (pull["state"], pull["path"]) == ("waiting", "waits")
+    shown = run("status", mount.path, env={"COLUMNS": "400"}).ok()
+    assert re.search(r"waits from .*: waiting, \d+% of 4.0 MiB, .*unverified, nbd.*, for \S+ m?s now", shown), shown
+    assert 'ramfs_pulls{state="waiting"} 1' in (mount.path / ".ramfs/metrics").read_text()
+    with lost():
+        assert process.stderr.readline() == "ramfs: going on\n"
+        run("resume", "--rate=0", directory / "pc.ram@0x0").ok()
+        done = end(process)
+    assert (done.code, done.err) == (0, "")
+    assert "all of it is here" in done.out
+    assert read(directory / "pc.ram@0x0") == RAM
+
+
+def test_failing_instead(mount: Mount, lost: Again) -> None:
+    directory = mount.path / "fails"
+    with lost() as uri:
+        process = start("pull", "--wait", "--rate=1M", "--deadline=0.3", uri, directory)
+        eventually(directory.exists, "the directory is there")
+    done = end(process)
+    assert done.code == 11
+    assert "what is touched fails until it is back" in done.err.splitlines()[-1]
+    with fails(errno.EIO):
+        read(directory / "pc.ram@0x0", 3 * MB, 1)
+    with lost():
+        eventually(lambda: not errno_of(lambda: read(directory / "pc.ram@0x0", 3 * MB, 1)), "it is back")
+        run("resume", "--rate=0", directory).ok()
+        eventually(lambda: not pulls(mount), "all is here")
+    assert read(directory / "pc.ram@0x0") == RAM
+
+
+def test_on_error_eio_waits_a_little(mount: Mount, lost: Again) -> None:
+    """As long as a server may take to be started again; the option alone is tried, for that is 10 s."""
+    with lost() as uri:
+        run("pull", "--paused", "--on-error=eio", uri, mount.path / "eio").ok()
+    assert [(pull["wait"], pull["state"]) for pull in pulls(mount)] == [(10, "paused")]
+    assert "fails 10 s after its source was lost" in run("status", mount.path, env={"COLUMNS": "400"}).ok()
+    shutil.rmtree(mount.path / "eio")
+    eventually(lambda: not pulls(mount), "the pull has ended")
+
+
+def test_another_source(mount: Mount, lost: Again, served: Path, tmp_path: Path) -> None:
+    """For one file it may have another name. Told of a clone, a snapshot, a file; who waits goes on."""
+    vm, one = mount.path / "moves", mount.path / "moves-one"
+    with lost() as uri:
+        run("pull", "--paused", uri, vm).ok()
+        run("pull", "--paused", uri.replace("///", "///pc.ram@0x0"), one).ok()
+    subprocess.run(["cp", "-r", vm, mount.path / "clone"], check=True)
+    (vm / ".snap" / "s").mkdir()
+    reader = subprocess.Popen(["cat", vm / "state"], stdout=subprocess.PIPE)
+    (tmp_path / "other").write_bytes(RAM)
+    (tmp_path / "short").write_bytes(b"short")
+    run("recover", vm, "--source=file:nothing", cwd=tmp_path).failed(12, tmp_path / "nothing")
+    run("recover", one, "--source=file:short", cwd=tmp_path).failed(14, "5 bytes instead of 4194304")
+    assert {pull["state"] for pull in pulls(mount)} <= {"paused", "waiting"}
+    out = run("recover", mount.path / "clone", "--source", f"file:{served.name}", cwd=served.parent).ok()
+    assert out == f"{mount.path}/clone: goes on from file:{served}\n"
+    assert reader.communicate(timeout=10) == (b"state", None)
+    assert run("pause", vm / ".snap" / "s", "--json").ok() == (
+        json.dumps({"path": f"{vm}/.snap/s", "pulls": 1, "paused": True}) + "\n"
+    )
+    run("recover", one / "pc.ram@0x0", "--source=file:other", cwd=tmp_path).ok()
+    mount.kill_daemon()  # the next one knows all that
+    for directory in (vm / ".snap" / "s" / "pc.ram@0x0", one):
+        run("resume", directory).ok()
+    eventually(lambda: not pulls(mount), "all is here")
+    for path in (vm, one, mount.path / "clone", vm / ".snap" / "s"):
+        assert read(path / "pc.ram@0x0") == RAM
+
+
+def test_removed_before_it_is_here(mount: Mount, uri: str) -> None:
+    directory = mount.path / "removed"
+    process = start("pull", "--wait", "--rate=100K", uri, directory)
+    eventually(directory.exists, "the directory is there")
+    time.sleep(0.3)
+    shutil.rmtree(directory)
+    done = end(process)
+    assert (done.code, done.err) == (1, f"ramfs: {directory} was removed or renamed before all of it was here\n")

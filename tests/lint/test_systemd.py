@@ -1,4 +1,4 @@
-"""The service's unit: systemd takes it, and it is as closed as a service that mounts can be."""
+"""The units: systemd takes them, and they are as closed as a service that mounts, or exports, can be."""
 
 import subprocess
 from pathlib import Path
@@ -6,19 +6,23 @@ from pathlib import Path
 import pytest
 
 UNIT = Path(__file__).parents[2] / "systemd" / "ramfs@.service"
+EXPORT = UNIT.with_name("ramfs-export@.service")
 
-# Ten times what `systemd-analyze security` calls the exposure level (0 to 10). What is left comes from
-# the rights to mount, to reach the network, and to be seen in the host's mount namespace.
-EXPOSURE = 45
+# Ten times what `systemd-analyze security` calls the exposure level (0 to 10). What is left of the one comes from
+# the rights to mount, to reach the network, and to be seen in the host's mount namespace; of the other from being root
+# on the network.
+EXPOSURE = {UNIT: 45, EXPORT: 25}
 
 
-@pytest.fixture
-def unit(tmp_path: Path) -> Path:
-    """The unit with a program in it that exists here, for ramfs is not installed system-wide."""
-    text = UNIT.read_text()
-    assert "ExecStart=ramfs mount -f " in text
-    assert "ExecReload=ramfs upgrade " in text
-    copy = tmp_path / UNIT.name
+@pytest.fixture(params=EXPOSURE, ids=lambda unit: unit.stem)
+def unit(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A unit with a program in it that exists here, for ramfs is not installed system-wide."""
+    path: Path = request.param
+    text = path.read_text()
+    if path == UNIT:
+        assert "ExecStart=ramfs mount -f " in text
+        assert "ExecReload=ramfs upgrade " in text
+    copy = tmp_path / path.name
     copy.write_text(text.replace("=ramfs ", "=/bin/true "))
     return copy
 
@@ -32,7 +36,14 @@ def test_systemd_takes_the_unit(unit: Path) -> None:
 
 def test_the_unit_is_closed(unit: Path) -> None:
     done = subprocess.run(
-        ["systemd-analyze", "security", "--no-pager", "--offline=true", f"--threshold={EXPOSURE}", unit],
+        [
+            "systemd-analyze",
+            "security",
+            "--no-pager",
+            "--offline=true",
+            f"--threshold={EXPOSURE[UNIT.with_name(unit.name)]}",
+            unit,
+        ],
         capture_output=True,
         text=True,
         check=False,

@@ -19,7 +19,7 @@ import pytest
 from harness import children, is_mounted, readable, unmount
 
 BIN = Path(sys.executable).parent
-UNIT = Path(__file__).parents[2] / "systemd" / "ramfs@.service"
+UNITS = Path(__file__).parents[2] / "systemd"
 LOAD = Path(__file__).parent / "load.py"
 PATIENCE = 30.0
 
@@ -278,12 +278,13 @@ def systemd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Systemd]:
         (base / name).mkdir()
     for name in ("sysinit", "basic"):
         (base / "units" / f"{name}.target").write_text("[Unit]\nDefaultDependencies=no\n")
-    (base / "units" / UNIT.name).write_text(UNIT.read_text())
-    extra = base / "units" / f"{UNIT.name}.d"
-    extra.mkdir()
-    (extra / "here.conf").write_text(
-        f"[Service]\nEnvironmentFile=\nEnvironmentFile={base}/%i.conf\nStandardError=append:{base}/%i.log\n"
-    )
+    for name, kind in (("ramfs@", "conf"), ("ramfs-export@", "export")):
+        (base / "units" / f"{name}.service").write_text((UNITS / f"{name}.service").read_text())
+        extra = base / "units" / f"{name}.service.d"
+        extra.mkdir()
+        (extra / "here.conf").write_text(
+            f"[Service]\nEnvironmentFile=\nEnvironmentFile={base}/%i.{kind}\nStandardError=append:{base}/%i.{kind}.log\n"
+        )
     env = {**os.environ, "BASE": str(base), "NAME": f"ramfs-tests-{os.getpid()}", "RAMFS": str(BIN / "ramfs")}
     alone = ["unshare", "--mount", "--propagation=private", "--uts", "--ipc", "--net", "sh", "-euc"]
     with open(base / "systemd.log", "wb") as log:

@@ -8,6 +8,7 @@ import sqlite3
 import time
 
 import pytest
+from nbd.servers import make_authority, make_certificate
 from service.conftest import Load, Service, eventually
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -92,3 +93,38 @@ def test_a_store_that_cannot_be_used_is_tried_once(service: Service) -> None:
     service.systemd("systemctl", "start", service.unit, check=False)
     assert facts(service, "ActiveState", "ExecMainStatus", "NRestarts") == ["failed", "4", "0"]
     assert "not a ramfs store" in service.systemd.log()
+
+
+def test_an_export_is_pulled_over_tls(service: Service) -> None:
+    """By who has a certificate; the mount that it exports goes first at the end."""
+    systemd, base = service.systemd, service.systemd.base
+    make_authority(base)
+    for name in ("server", "client"):
+        (base / name).mkdir()
+        make_certificate(base, name, "DNS:localhost")
+        (base / name / "ca-cert.pem").write_bytes((base / "ca-cert.pem").read_bytes())
+        for kind in ("cert", "key"):
+            (base / f"{name}-{kind}.pem").rename(base / name / f"{name}-{kind}.pem")
+    (base / f"{service.name}.export").write_text(
+        f"DIRECTORY={service.path}/vm/.snap/s\nCERTIFICATES={base}/server\nPORT=10810\nOPTIONS=--ipaddr 127.0.0.1\n"
+    )
+    systemd("ip", "link", "set", "lo", "up")
+    service.ctl("start")
+    systemd("sh", "-euc", "mkdir $0/vm; seq 100000 > $0/vm/ram; mkdir $0/vm/.snap/s", service.path)
+    export = f"ramfs-export@{service.name}"
+    systemd("systemctl", "start", export)
+
+    def pull(certificates: str, name: str) -> str:
+        uri = f"nbds://localhost:10810/?tls-certificates={base}/{certificates}"
+        return systemd("/usr/local/bin/ramfs", "pull", "--wait", uri, service.path / name, check=False)
+
+    eventually(lambda: "each page is verified" in pull("client", "copy"), "it is pulled")
+    systemd("cmp", service.path / "vm/ram", service.path / "copy/ram")
+    assert pull("ca-cert.pem", "stranger") == ""
+    assert systemd("ls", service.path).split() == ["copy", "vm"]
+    service.ctl("stop")
+    assert not mounted(service)
+    shown = systemd.show(export)
+    assert (shown["SubState"], shown["NRestarts"]) == ("running", "0")
+    systemd("systemctl", "stop", export)
+    assert systemd.show(export)["Result"] == "success"
