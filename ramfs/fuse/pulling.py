@@ -24,6 +24,7 @@ from ramfs.pager import Known
 from ramfs.source.base import SourceDirectory
 from ramfs.source.manifest import NAME, File, fetch_manifest
 from ramfs.source.opening import names_one
+from ramfs.store.images import Image
 from ramfs.units import MAX_FILE_SIZE, MAX_NAME, PAGE_SHIFT
 
 log = logging.getLogger(__name__)
@@ -118,15 +119,20 @@ class Pulling:
                     new.append(new_path(layers.directory))
                     layers.making.add(new[-1])
                     known[path] = await trio.to_thread.run_sync(look, file.digests, new[-1])
-            self._plant(files, known)
+            images = self._plant(files, known)
         finally:
             for left in new:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(left)
                 layers.making.discard(left)
+        try:
+            await self._pulls.pager.sync(images)  # as with a snapshot: who was told of it finds it again
+        finally:
+            for image in images:
+                self._namespace.images.release(image)
 
-    def _plant(self, files: dict[str, _Found], known: dict[str, Known]) -> None:
-        """Make directory and files, in one piece."""
+    def _plant(self, files: dict[str, _Found], known: dict[str, Known]) -> list[Image]:
+        """Make directory and files, in one piece; returns the files' images, each in use once."""
         space, request = self._namespace, self._request
         directory = space.walk(request.parent, self._caller)
         try:
@@ -142,8 +148,6 @@ class Pulling:
         # The kernel did not see that: it would show the old link count and mtime for minutes.
         with contextlib.suppress(OSError):  # it may have forgotten the directory
             pyfuse3.invalidate_inode(directory.ino, attr_only=True)
-        for image in images.values():
-            space.images.release(image)
         self._pulls.start(pull)
         lost = sum(int(np.count_nonzero(each.lost)) for each in known.values())
         if lost:
@@ -155,6 +159,7 @@ class Pulling:
             "verified": pull.verified,
             "lost_bytes": lost << PAGE_SHIFT,
         }
+        return list(images.values())
 
     @property
     def text(self) -> bytes:

@@ -33,6 +33,7 @@ from ramfs.image.table import ENTRY, Entries, Mask, runs_of
 from ramfs.store.catalog import DIRECT_VERSION, KNOWN_VERSIONS
 from ramfs.store.files import data_extents, read_exactly, stored_pages
 from ramfs.store.images import HEADER, Header, table_length, unpack_header, unpack_layers
+from ramfs.store.presence import STORED, States, read_states
 from ramfs.store.reflink import entries_of, stored_extents
 from ramfs.store.store import boot_id
 from ramfs.units import LOST, MAX_NAME, PAGE, PAGE_SHIFT, ROOT, SNAP_BIT, ZERO, LayerId, pages
@@ -90,6 +91,22 @@ KINDS: Final[dict[str, Kind]] = {
     "layer-file": Kind(True, "the file of a layer is missing", "its pages are marked lost"),
     "layer-empty": Kind(False, "a layer without a file, of which nothing is named", "it is removed"),
     "layer-unused": Kind(False, "a layer that takes writes for no image", "it is sealed, and goes with the next mount"),
+    "arriving-states": Kind(
+        True,
+        "nothing tells which pages of an arriving layer are here",
+        "those that were when it was last synced; the others come again",
+    ),
+    "arriving-file": Kind(
+        True, "the file of an arriving layer is missing, or too short", "it is made so long; what it lacks comes again"
+    ),
+    "arriving-page": Kind(
+        True, "a page that has arrived is a hole, cannot be read, or is not what its digest says", "it comes again"
+    ),
+    "arriving-source": Kind(
+        True,
+        "nothing tells where the pages of an arriving layer come from",
+        "a pull from nowhere gets it, which can be given a source with `ramfs recover`",
+    ),
     "table-missing": Kind(True, "a table is missing", _LOSE_FILE),
     "table-header": Kind(True, "a table has no valid header", _LOSE_FILE),
     "table-short": Kind(True, "a table is shorter than its size says", _LOSE_FILE),
@@ -215,6 +232,12 @@ class Check:
         self.layers: dict[int, sqlite3.Row] = {}
         self.direct: set[int] = set()
         """images that are the file of their live layer (store/direct.py)"""
+        self.arriving: dict[int, int] = {}
+        """layers whose pages are not all here, and their bytes at the source"""
+        self.promised: set[int] = set()
+        """of these: whose digests a manifest has told"""
+        self.states: dict[int, States] = {}
+        """of these: which are"""
         self.names: list[sqlite3.Row] = []
         self.name_of: dict[int, tuple[int, bytes]] = {}
         self.image_paths: dict[int, str] = {}
@@ -242,6 +265,7 @@ class Check:
                     self._check_tree()
                     self._check_images()
                     self._check_layers()
+                    self._check_arriving()
                     self._check_pages()
                     self._check_files()
                 finally:
@@ -307,6 +331,10 @@ class Check:
                 continue
             if table == "xattrs":
                 sql = "DELETE FROM xattrs WHERE ino NOT IN (SELECT ino FROM inodes)"
+            elif table == "arriving":
+                if parent == "pulls":
+                    continue
+                sql = "DELETE FROM arriving WHERE layer NOT IN (SELECT id FROM layers)"
             elif table == "images":
                 sql = "UPDATE images SET live = NULL WHERE live NOT IN (SELECT id FROM layers)"
             else:
@@ -498,6 +526,32 @@ class Check:
             if not row["sealed"] and number not in writers and not self.unclean:
                 self.note("layer-unused", f"layers/{number:08x}.ram", fix=step("seal", number))
 
+    def _check_arriving(self) -> None:
+        """Which pages are here; where the others come from."""
+        if self.db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'arriving'").fetchone()[0] == 0:
+            return
+        sources = {row["id"] for row in self.db.execute("SELECT id FROM pulls")}
+        for row in self.db.execute("SELECT * FROM arriving ORDER BY layer").fetchall():
+            number, count = row["layer"], pages(row["size"])
+            if number not in self.layers:
+                continue  # a broken reference
+            self.arriving[number] = row["size"]
+            if row["promised"]:
+                self.promised.add(number)
+            if row["pull"] not in sources:
+                sources.add(row["pull"])
+                where = f"layers/{number:08x}.ram"
+                self.note("arriving-source", where, os.fsdecode(row["name"]), step("add_pull", row["pull"]))
+            # After power loss what counts is made of the other when the store is opened.
+            name = f"layers/{number:08x}.{'kept' if self.power_lost else 'here'}"
+            states = read_states(self.path(name), count)
+            if states is None and self.power_lost and not os.path.exists(self.path(name)):
+                states = np.zeros(count, np.uint8)
+            if states is None:
+                self.note("arriving-states", name, fix=step("reset_states", number, count))
+            else:
+                self.states[number] = states
+
     # -- pages
 
     def _check_pages(self) -> None:
@@ -630,6 +684,8 @@ class Check:
 
     def _check_layer(self, number: int, named: Mask) -> dict[str, Mask]:
         """For each kind of damage, the pages of a layer file that have it."""
+        if number in self.arriving:
+            return self._check_arrived(number, named)
         bad: dict[str, Mask] = {}
         row = self.layers[number]
         try:
@@ -664,6 +720,46 @@ class Check:
         finally:
             os.close(fd)
         return {kind: mask for kind, mask in bad.items() if mask.any()}
+
+    def _check_arrived(self, number: int, named: Mask) -> dict[str, Mask]:
+        """The same of an arriving layer, whose pages come again if they are not what they should be."""
+        count, where = pages(self.arriving[number]), f"layers/{number:08x}.ram"
+        outside = named.copy()
+        outside[:count] = False
+        named = np.concatenate([named, np.zeros(max(0, count - len(named)), np.bool_)])[:count]
+        try:
+            fd = os.open(self.path(where), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            size = os.fstat(fd).st_size >> PAGE_SHIFT
+            if size < count:
+                self.note("arriving-file", where, fix=step("lengthen_arriving", number, count))
+            elif number in self.states:
+                here = named & (self.states[number] == STORED)
+                there = stored_pages(fd)[:count]
+                bad = {"hole": here & ~there}
+                self._compare(fd, number, here & there, self._promised(number, count), bad)
+                wrong = np.logical_or.reduce(list(bad.values()))
+                if wrong.any():
+                    runs = list(runs_of(wrong))
+                    self.note("arriving-page", where, _pages_text(runs), step("absent_again", number, runs))
+        finally:
+            os.close(fd)
+        return {"page-beyond": outside} if outside.any() else {}
+
+    def _promised(self, number: int, count: int) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
+        """The digests that the pages of an arriving layer are to have, if a manifest told them."""
+        if number not in self.promised:
+            return None
+        name = f"layers/{number:08x}.xxh3"
+        with contextlib.suppress(FileNotFoundError), open(self.path(name), "rb") as file:
+            data = file.read()
+            if len(data) == count * DIGEST:
+                return np.frombuffer(data, np.uint8).reshape(-1, DIGEST)
+        sql = "UPDATE arriving SET promised = 0 WHERE layer = ?"
+        self.note("digests-missing", name, "its pages will arrive unverified", step("sql", sql, number))
+        return None
 
     def _note_digests(self, number: int, detail: str) -> None:
         sql = "UPDATE layers SET digested = 0 WHERE id = ?"
@@ -774,9 +870,8 @@ class Check:
 
     def _check_files(self) -> None:
         expected = {
-            "layers": {
-                f"{n:08x}.{s}" for n, row in self.layers.items() if row["base"] is None for s in ("ram", "xxh3")
-            },
+            "layers": {f"{n:08x}.{s}" for n, row in self.layers.items() if row["base"] is None for s in ("ram", "xxh3")}
+            | {f"{n:08x}.{s}" for n in self.arriving for s in ("here", "kept")},
             "tables": {f"{n:08x}.{s}" for n in self.images for s in ("map", "durable")},
         }
         for part, names in expected.items():
@@ -789,11 +884,13 @@ class Check:
                     continue
                 stem, _, suffix = name.partition(".")
                 ours = len(stem) == 8 and set(stem) <= set("0123456789abcdef")
-                ours &= suffix.removesuffix(".new") in {"ram", "xxh3", "map", "durable", "manifest"}
+                ours &= suffix.removesuffix(".new") in {"ram", "xxh3", "here", "kept", "map", "durable", "manifest"}
                 where = f"{part}/{name}"
                 if not ours:
                     self.note("file-foreign", where)
-                elif not self.unclean and not (part == "tables" and self.meta("garbage")):
+                elif not self.unclean and not (
+                    self.meta("garbage") and (part == "tables" or suffix in ("here", "kept"))
+                ):
                     self.note("file-leftover", where, fix=step("unlink", where))
 
 
@@ -834,7 +931,9 @@ def _pages_text(ranges: list[tuple[int, int]]) -> str:
     return f"{'page' if count == 1 else 'pages'} {', '.join(shown)}{more}"
 
 
-_TABLES: Final = ("meta", "layers", "images", "inodes", "names", "xattrs", "sqlite_sequence")
+_TABLES: Final = (
+    "meta", "layers", "images", "inodes", "names", "xattrs", "pulls", "arriving", "sqlite_sequence",
+)  # fmt: skip
 
 
 def salvage(source: sqlite3.Connection, target: sqlite3.Connection | None) -> int:

@@ -121,6 +121,23 @@ class Presence:
             self._fd = -1
 
 
+def read_states(path: str, pages: int) -> States | None:
+    """The states in ``ID.here`` or ``ID.kept``; None if the file does not tell them. Raises OSError."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        states = np.zeros(pages, np.uint8)
+        if os.fstat(fd).st_size != pages:
+            return None
+        for start, stop in data_extents(fd):
+            states[start:stop] = np.frombuffer(read_exactly(fd, stop - start, start), np.uint8)
+    finally:
+        os.close(fd)
+    return None if (states > ZEROS).any() else states
+
+
 def make_kept(path: str, pages: int) -> None:
     """Make ``ID.kept``: nothing is on disk yet."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)

@@ -17,9 +17,10 @@ from ramfs.errors import StoreDamaged, StoreError
 from ramfs.image.table import ENTRY
 from ramfs.store.catalog import Catalog, make_catalog
 from ramfs.store.check import Check, Finding, Report, TableCopy, read_table, salvage
-from ramfs.store.files import sync_directory
+from ramfs.store.files import sync_directory, write_all
 from ramfs.store.images import HEADER, Header, pack_header, pack_layers, table_length, unpack_layers
 from ramfs.store.lock import StoreLock
+from ramfs.store.presence import States, read_states
 from ramfs.store.store import Store
 from ramfs.units import LOST, PAGE, PAGE_SHIFT, ROOT, SNAP_BIT, LayerId, pages
 
@@ -223,6 +224,7 @@ class Fixer:
     def drop_layer(self, layer: int) -> None:
         """Remove a layer without a file, and what names its pages elsewhere."""
         self.seal(layer)
+        self.sql("DELETE FROM arriving WHERE layer = ?", layer)
         self.sql("DELETE FROM layers WHERE base = ?", layer)
         self.sql("DELETE FROM layers WHERE id = ?", layer)
 
@@ -244,6 +246,48 @@ class Fixer:
         with contextlib.suppress(OSError, StoreDamaged):
             size = max(size, read_table(check.table_path(image)).header.size)
         self._write_lost(image, size)
+
+    # -- arriving layers
+
+    def add_pull(self, number: int) -> None:
+        """A pull whose source nobody knows, for layers that arrive."""
+        self.sql(
+            "INSERT INTO pulls (id, directory, uri, options, created) VALUES (?, 0, 'file:/unknown', '{}', ?)",
+            number, time.time_ns(),
+        )  # fmt: skip
+
+    def reset_states(self, layer: int, count: int) -> None:
+        """Let of an arriving layer be here what was when it was last synced; nothing, where that is not known."""
+        states = read_states(self._layer_path(layer, "kept"), count)
+        self._write_states(layer, np.zeros(count, np.uint8) if states is None else states)
+
+    def absent_again(self, layer: int, runs: list[tuple[int, int]]) -> None:
+        """Let pages of an arriving layer come again."""
+        for suffix in ("here", "kept"):
+            with contextlib.suppress(FileNotFoundError), open(self._layer_path(layer, suffix), "r+b", 0) as file:
+                for first, stop in runs:
+                    if first < (end := min(stop, os.fstat(file.fileno()).st_size)):
+                        write_all(file.fileno(), bytes(end - first), first)
+                os.fdatasync(file.fileno())
+
+    def lengthen_arriving(self, layer: int, count: int) -> None:
+        """Make the file of an arriving layer as long as it should be; what it lacked comes again."""
+        with open(self._layer_path(layer, "ram"), "ab", 0) as file:
+            there = os.fstat(file.fileno()).st_size >> PAGE_SHIFT
+            self.absent_again(layer, [(there, count)])
+            os.ftruncate(file.fileno(), count << PAGE_SHIFT)
+            os.fdatasync(file.fileno())
+
+    def _write_states(self, layer: int, states: States) -> None:
+        for suffix in ("kept", "here"):
+            path = self._layer_path(layer, suffix)
+            with open(path + ".new", "wb", 0) as file:
+                write_all(file.fileno(), states.tobytes(), 0)
+                os.fdatasync(file.fileno())
+            os.rename(path + ".new", path)
+
+    def _layer_path(self, layer: int, suffix: str) -> str:
+        return os.path.join(self.directory, "layers", f"{layer:08x}.{suffix}")
 
     def drop_image(self, image: int) -> None:
         """Remove an image that no file has."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -150,16 +149,14 @@ class ArrivingKit(Kit):
                 if streaming:
                     nursery.start_soon(self.pulls.run)
                 nursery.start_soon(do)
-                with trio.fail_after(1000):
-                    await done.wait()
-                for _ in range(30 if self.shelf.allowed is None and streaming else 3):
-                    await trio.sleep(1)
-                    await calm()
+                await done.wait()
+                for _ in range(0 if not streaming else 2000 if self.shelf.allowed is None else 2):
                     if not self.pulls.running:
                         break
+                    await trio.sleep(1)
                 nursery.cancel_scope.cancel()
 
-        trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+        trio.run(main, clock=trio.testing.MockClock(rate=100))  # a second takes 10 ms
 
     async def having(self, work: Callable[[], object]) -> None:
         """Do something for which absent pages may have to be brought."""
@@ -188,13 +185,6 @@ class ArrivingKit(Kit):
     def arriving(self, path: str, page: int = 0) -> Layer:
         """The arriving layer that a page of a file is in."""
         return self.store.layers[LayerId(self.store.layers[self.layer_of(path, page)].base)]
-
-
-async def calm() -> None:
-    """Until no thread works for the loop."""
-    while trio.to_thread.current_default_thread_limiter().borrowed_tokens:
-        time.sleep(0.0001)  # noqa: ASYNC251  (the clock of the loop stands still)
-        await trio.lowlevel.checkpoint()
 
 
 def digests_of(data: bytes) -> Digests:

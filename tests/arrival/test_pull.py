@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import shutil
+import sqlite3
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,6 +144,24 @@ def test_deleted_before_it_is_here(mounted: Mount, uri: str) -> None:
     shutil.rmtree(mounted.path / "vm")
     eventually(lambda: not list((mounted.store / "layers").iterdir()), "the layers are gone")
     eventually(lambda: not pulls(mounted), "so is the pull")
+
+
+def test_a_pull_that_was_told_of_outlives_power_loss(mounted: Mount, uri: str, served: tuple[Path, bytes]) -> None:
+    pull(mounted, uri, paused=True)
+    path = mounted.path / "vm" / "pc.ram@0x0"
+    assert read(path, 0, MB) == served[1][:MB]
+    mounted.kill()
+    db = sqlite3.connect(mounted.store / "catalog.sqlite")  # the next mount believes that the machine went down
+    db.execute("UPDATE meta SET value = 'another' WHERE key = 'boot_id'")
+    db.commit()
+    db.close()
+    mounted.start()
+    assert path.stat().st_size == len(served[1])
+    assert read(path, 0, MB) == served[1][:MB]
+    assert pulls(mounted)[0]["fetched_bytes"] >= MB, "what was not synced counts as here"
+    steer(mounted, "vm", paused=False)
+    wait_until_here(mounted)
+    assert read(path) == served[1]
 
 
 @pytest.mark.parametrize("how", ["kill_daemon", "kill", "restart"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ramfs.store.catalog import DIRECT_VERSION, FORMAT_VERSION, SCHEMA
+from ramfs.store.catalog import ADDITIONS, DIRECT_VERSION, FORMAT_VERSION, SCHEMA
 from ramfs.store.check import KINDS
 from ramfs.store.images import HEADER, MAGIC, VERSION, Header, pack_header
 from ramfs.units import LOST
@@ -57,10 +57,12 @@ def test_the_version() -> None:
     assert f"or {DIRECT_VERSION} while" in DOCUMENT
 
 
-@pytest.mark.parametrize("table", ["layers", "images", "inodes", "names", "xattrs", "meta"])
+@pytest.mark.parametrize(
+    "table", ["layers", "images", "inodes", "names", "xattrs", "meta", "pulls", "arriving", "outcomes"]
+)
 def test_every_column_is_listed(table: str) -> None:
     db = sqlite3.connect(":memory:")
-    db.executescript(SCHEMA)
+    db.executescript(SCHEMA + ADDITIONS)
     columns = [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
     db.close()
     (section,) = re.findall(rf"\n`{table}`:?.*?(?=\n`\w+`|\n## )", DOCUMENT, re.DOTALL)
