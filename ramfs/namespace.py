@@ -20,9 +20,9 @@ from ramfs.errors import BadName, FileError, NameTooLong
 from ramfs.ledger import Held, Kind, Ledger, Record
 from ramfs.pager import Pager
 from ramfs.ramblock import block_file_name, find_block_file, temporary_name
-from ramfs.store.images import Image, unpack_layers
+from ramfs.store.images import Image
 from ramfs.store.outcomes import REQUEST
-from ramfs.units import MAX_NAME, ROOT, SNAP_BIT, HandleId, ImageId, InodeNumber, LayerId
+from ramfs.units import MAX_NAME, ROOT, SNAP_BIT, HandleId, ImageId, InodeNumber
 
 SNAP: Final = b".snap"
 #: Names that FUSE or the contract keep for themselves, in every directory.
@@ -785,19 +785,17 @@ class Namespace:
                 elif stat.S_ISDIR(row["mode"]):
                     todo.append((row["ino"], path + row["name"] + b"/"))
 
-    def layers_below(self, root: Inode) -> set[LayerId]:
-        """The layers that the regular files at or below an inode may name."""
-        todo, seen, found = [root.ino], set[InodeNumber](), set[LayerId]()
+    def images_below(self, root: Inode) -> set[ImageId]:
+        """The contents of the regular files at or below an inode."""
+        todo, seen, found = [root.ino], set[InodeNumber](), set[ImageId]()
         while todo:
             ino = todo.pop()
-            row = self.catalog.row(
-                "SELECT mode, layers FROM inodes LEFT JOIN images ON images.id = inodes.image WHERE ino = ?", ino
-            )
+            row = self.catalog.row("SELECT mode, image FROM inodes WHERE ino = ?", ino)
             if row is None or ino in seen:
                 continue
             seen.add(ino)
-            if row["layers"] is not None:
-                found |= unpack_layers(row["layers"])
+            if row["image"] is not None:
+                found.add(ImageId(row["image"]))
             elif stat.S_ISDIR(row["mode"]):
                 todo += [child for _, _, child in self.names(ino)]
         return found

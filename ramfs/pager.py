@@ -673,14 +673,15 @@ class Pager:
 
     # -- arriving layers
 
-    def begin_arrival(self, image: Image, size: int, known: Known | None) -> Layer | None:
+    def begin_arrival(self, image: Image, size: int, known: Known | None) -> tuple[Layer | None, int]:
         """Let an image, empty until now, have ``size`` bytes that are still elsewhere. Call in a transaction.
 
-        Returns the layer that they arrive in; None if by what is ``known`` nothing has to arrive.
+        Returns the layer that they arrive in, None if by what is ``known`` nothing has to arrive; and how many pages
+        were named that are here.
         """
         count = pages(size)
         image.table.resize(count)
-        layer = None
+        layer, taken = None, 0
         if known is None:
             layer = self.layers.create_arriving(size)
             self.images.name_layers(image, {layer.id})
@@ -688,6 +689,7 @@ class Pager:
                 self._name(image, low, min(low + _NAMED_AT_ONCE, count), np.uint32(layer.id))
         else:
             entries = self._entries_held(known)
+            taken = int(np.count_nonzero(entries))
             wanted = known.wanted | known.held & (entries == ZERO)
             named = {LayerId(number) for number in np.unique(entries).tolist()} - {ZERO}
             entries[known.lost] = LOST
@@ -704,7 +706,7 @@ class Pager:
             self.images.unsynced.add(layer.id)  # its files are new
         image.size = size
         image.touch()
-        return layer
+        return layer, taken
 
     def _entries_held(self, known: Known) -> Entries:
         """Table entries for the pages that are held, zero for those that are so no more and for all others."""
@@ -723,6 +725,20 @@ class Pager:
                 found[of_it[layer.presence.states[where[of_it] + layer.shift] == ABSENT]] = ZERO
         entries[where] = found
         return entries
+
+    def lacking(self, image: Image) -> set[LayerId]:
+        """The arriving layers that have pages of an image which are not here."""
+        found: set[LayerId] = set()
+        for number in image.layers & self.layers.arriving:
+            layer = self.layers[number]
+            if layer.presence is None or layer.base in found:
+                continue
+            for first, stop in image.table.regions(stop=image.pages):
+                states = layer.presence.at(first + layer.shift, stop + layer.shift)
+                if ((image.table.entries[first:stop] == number) & (states == ABSENT)).any():
+                    found.add(layer.base)
+                    break
+        return found
 
     async def complete(self, layer: Layer) -> bool:
         """If all that tables name of an arriving layer is here, it is a sealed one like any other from now on.

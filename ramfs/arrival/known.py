@@ -20,8 +20,9 @@ from ramfs.image.digest import DIGEST, KNOWN_LOST, ZERO_DIGEST
 from ramfs.image.table import Mask
 from ramfs.pager import Known
 from ramfs.source.manifest import Digests
-from ramfs.store.files import write_all
+from ramfs.store.files import read_exactly, write_all
 from ramfs.store.images import Image
+from ramfs.units import PAGE_SHIFT
 
 #: Pages looked at in one go: about a millisecond in which the loop waits for the interpreter.
 _SLICE: Final = 1 << 15
@@ -36,10 +37,12 @@ def new_path(directory: str) -> str:
     return os.path.join(directory, f"{0xFFFFFFFF - next(_numbers):08x}.xxh3.new")
 
 
-def look(digests: Digests, path: str, local: Image | None = None, held: Iterator[bytes] | None = None) -> Known:
-    """Write digests to ``path``, on disk, and tell what is known. ``held`` are the digests of a frozen local image.
+def look(
+    digests: Digests, size: int, path: str, local: Image | None = None, held: Iterator[bytes] | None = None
+) -> Known:
+    """Write the digests of a file of ``size`` bytes to ``path``, on disk, and tell what is known of it.
 
-    Raises OSError, gather.Moved.
+    ``held`` are the digests of a frozen local image. Raises OSError, gather.Moved.
     """
     count = len(digests)
     wanted, lost, taken = (np.zeros(count, np.bool_) for _ in range(3))
@@ -55,18 +58,21 @@ def look(digests: Digests, path: str, local: Image | None = None, held: Iterator
                 write_all(fd, given.data.cast("B"), first * DIGEST)
         os.ftruncate(fd, count * DIGEST)
         os.fdatasync(fd)
-        if held is not None:
-            _compare(fd, wanted, taken, held)
+        if local is not None and held is not None:
+            # Behind the end of a file its last page may hold what a killed daemon left there (Pager._clear_tail).
+            most = local.pages if local.size == size else local.size >> PAGE_SHIFT
+            _compare(fd, wanted[:most], taken[:most], held)
     finally:
         os.close(fd)
     return Known(path, wanted, lost, taken, local)
 
 
 def _compare(fd: int, wanted: Mask, taken: Mask, held: Iterator[bytes]) -> None:
+    """Find in ``taken`` what of the pages ``wanted`` is held, and take it out of these."""
     at = 0
     for known in held:
         here = np.frombuffer(known, np.uint64).reshape(-1, 2)[: len(wanted) - at]
-        given = np.frombuffer(os.pread(fd, len(here) * DIGEST, at * DIGEST), np.uint64).reshape(-1, 2)
+        given = np.frombuffer(read_exactly(fd, len(here) * DIGEST, at * DIGEST), np.uint64).reshape(-1, 2)
         part = slice(at, at + len(here))
         taken[part] = wanted[part] & (here == given).all(axis=1)
         at += len(here)

@@ -16,7 +16,7 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -36,7 +36,7 @@ from ramfs.store.files import read_exactly
 from ramfs.store.images import Image
 from ramfs.store.layers import Layer
 from ramfs.store.presence import ABSENT, ZEROS
-from ramfs.units import PAGE_SHIFT, InodeNumber, LayerId, pages
+from ramfs.units import PAGE_SHIFT, ImageId, InodeNumber, LayerId, pages
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +85,12 @@ class Pull:
         """why the stream does not go on, if it does not"""
         self.verified = True
         """are all files compared with digests?"""
+        self.taken = 0
+        """pages that were found here when it was made"""
+        self.wanted = 0
+        """... and that had to be fetched"""
+        self._taken = 0
+        """of the files in ``arrivals``"""
         self._pulls = pulls
         self._sources: list[tuple[str, RetrySource]] = []
         self._changed = trio.Event()
@@ -93,9 +99,13 @@ class Pull:
 
     # -- its source
 
-    def add(self, layer: Layer, name: str, size: int) -> None:
-        """One more layer that arrives, each page compared with its digest if these were promised."""
+    def add(self, layer: Layer, name: str, size: int, taken: int) -> None:
+        """One more layer that arrives, each page compared with its digest if these were promised.
+
+        ``taken`` pages of its file were found here, and are named where they are.
+        """
         self.verified &= layer.promised
+        self._taken += taken
         factory = self._factory(layer, name, size, self.uri)
         source = RetrySource(factory, self.uri, size, deadline=self.options.wait, tell=self._tell)
         self._sources.append((name, source))
@@ -275,7 +285,8 @@ class Pull:
             "rate": self.options.rate,
             "total_bytes": total << PAGE_SHIFT,
             "here_bytes": here << PAGE_SHIFT,
-            "zero_bytes": zero << PAGE_SHIFT,
+            "zero_bytes": (zero - self._taken) << PAGE_SHIFT,
+            "taken_bytes": self._taken << PAGE_SHIFT,
             "fetched_bytes": fetched,
             "bytes_per_second": self._rate(),
             "demand_faults": faults,
@@ -322,10 +333,9 @@ class Pulls:
         for row in catalog.execute("SELECT * FROM pulls").fetchall():
             options = Options(**json.loads(row["options"]))
             pull = Pull(self, row["id"], InodeNumber(row["directory"]), row["uri"], options)
-            layers = catalog.execute("SELECT layer, name, size FROM arriving WHERE pull = ?", row["id"]).fetchall()
-            for layer in layers:
+            for layer in catalog.execute("SELECT * FROM arriving WHERE pull = ?", row["id"]).fetchall():
                 number = LayerId(layer["layer"])
-                pull.add(self.pager.layers[number], os.fsdecode(layer["name"]), layer["size"])
+                pull.add(self.pager.layers[number], os.fsdecode(layer["name"]), layer["size"], layer["taken"])
             self.running.append(pull)
 
     def begin(self, directory: InodeNumber, uri: str, options: Options, files: list[Incoming]) -> Pull:
@@ -337,15 +347,18 @@ class Pulls:
         )  # fmt: skip
         pull = Pull(self, number, directory, uri, options)
         for each in files:
-            layer = self.pager.begin_arrival(each.image, each.size, each.known) if each.size else None
+            layer, taken = self.pager.begin_arrival(each.image, each.size, each.known) if each.size else (None, 0)
+            pull.taken += taken
             if layer is None:
                 continue
             catalog.execute(
-                "INSERT INTO arriving VALUES (?, ?, ?, ?, ?)",
-                layer.id, number, os.fsencode(each.name), each.size, layer.promised,
+                "INSERT INTO arriving VALUES (?, ?, ?, ?, ?, ?)",
+                layer.id, number, os.fsencode(each.name), each.size, layer.promised, taken,
             )  # fmt: skip
             catalog.on_rollback(functools.partial(self.arrivals.discard, layer.id))
-            pull.add(layer, each.name, each.size)
+            assert layer.presence is not None
+            pull.wanted += int(np.count_nonzero(layer.presence.states == ABSENT))
+            pull.add(layer, each.name, each.size, taken)
         return pull
 
     def start(self, pull: Pull) -> None:
@@ -365,10 +378,21 @@ class Pulls:
         for pull in self.running:
             pull.tidy()
 
-    def of_layers(self, layers: set[LayerId]) -> list[Pull]:
-        """The pulls that some layers arrive from."""
-        bases = {self.pager.layers[number].base for number in layers if number in self.pager.layers.by_id}
-        return [pull for pull in self.running if any(each.layer.id in bases for each in pull.arrivals)]
+    def of_images(self, numbers: Collection[ImageId]) -> list[Pull]:
+        """The pulls that something of these images is still to arrive from."""
+        images, left = self.pager.images, list(self.running)
+        found: list[Pull] = []
+        for number in numbers:
+            if not left:
+                break
+            image = images.acquire(number)
+            try:
+                lacking = self.pager.lacking(image)
+            finally:
+                images.release(image)
+            found += [pull for pull in left if any(each.layer.id in lacking for each in pull.arrivals)]
+            left = [pull for pull in left if pull not in found]
+        return sorted(found, key=lambda pull: pull.id)
 
     def status(self) -> list[dict[str, Any]]:
         """For status.json."""

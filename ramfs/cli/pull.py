@@ -14,7 +14,7 @@ import click
 
 from ramfs.cli._control import DaemonReplaced, outcome
 from ramfs.cli._flush import regular_files
-from ramfs.cli._mounts import MountEntry, locate_new
+from ramfs.cli._mounts import MountEntry, locate, locate_new
 from ramfs.cli._pulls import Rate, faults, source_of, trouble
 from ramfs.cli._text import duration, human, printable, write_line
 from ramfs.cli.status import read_status
@@ -24,16 +24,18 @@ from ramfs.errors import FileError, SourceLost, UsageError
 _PERIOD: Final = 0.2
 #: Seconds that a lost source is waited for with ``--on-error=eio``: a server that is restarted is no reason to fail.
 DEADLINE: Final = 10.0
+#: What the daemon tells of what it has found here, which the one after it does not know.
+_FOUND: Final = ("like", "taken_bytes", "wanted_bytes", "lost_bytes")
 #: What a command ends with that Ctrl-C ended.
 _INTERRUPTED: Final = 130
 
 
 def _make(mount: MountEntry, request: dict[str, Any], directory: str) -> dict[str, Any]:
-    """Have the daemon make the directory: its ``files``, ``bytes``, and ``id``, ``verified`` of the pull."""
+    """Have the daemon make the directory: its ``files``, ``bytes``, and more of the pull."""
     while True:
         try:
             told = outcome(mount, {"pull": request})
-            return {key: told[key] for key in ("id", "files", "bytes", "verified")}
+            return {key: told[key] for key in ("id", "files", "bytes", "verified", *_FOUND)}
         except DaemonReplaced:  # it made all of it, or nothing
             if os.path.lexists(directory):
                 return _made_before(mount, request, directory)
@@ -48,7 +50,8 @@ def _made_before(mount: MountEntry, request: dict[str, Any], directory: str) -> 
     found = read_status(mount)["pulls"]
     pull: dict[str, Any] = next((each for each in found if each["path"] == way), {})
     sizes = [os.lstat(path).st_size for path in regular_files(directory)]
-    return {"id": pull.get("id"), "files": len(sizes), "bytes": sum(sizes), "verified": pull.get("verified")}
+    known = {"id": pull.get("id"), "files": len(sizes), "bytes": sum(sizes), "verified": pull.get("verified")}
+    return known | dict.fromkeys(_FOUND)
 
 
 def _wait(mount: MountEntry, number: int, deadline: float | None, show: Callable[[dict[str, Any]], None]) -> bool:
@@ -112,10 +115,24 @@ def _say(line: str) -> None:
     click.echo(line, err=True)
 
 
+def _like(like: str | None, mount: MountEntry) -> str | bool | None:
+    """What is to be asked for: a path from the root of the mount, False for none, None for the newest."""
+    if like in (None, "none"):
+        return None if like is None else False
+    found, way = locate(like)
+    if found.device != mount.device:
+        raise UsageError(f"{like} is not in the mount {mount.mountpoint}, so nothing can be shared with it")
+    return way
+
+
 def _describe(directory: str, uri: str, told: dict[str, Any]) -> str:
     """A line on what is there now."""
     files = "1 file" if told["files"] == 1 else f"{told['files']} files"
     checked = "each page is verified" if told["verified"] else "unverified: the source has no manifest of it"
+    if told["taken_bytes"]:
+        checked += f"; {human(told['taken_bytes'])} of it were here, {human(told['wanted_bytes'])} have to come"
+    if told["lost_bytes"]:
+        checked += f"; {human(told['lost_bytes'])} are lost there, and reading them is an error"
     if told["id"] is None:
         checked = "all of it is here"
     return f"{directory}: {files}, {human(told['bytes'])}, from {uri}; {checked}"
@@ -135,10 +152,14 @@ def _describe(directory: str, uri: str, told: dict[str, Any]) -> str:
     "--deadline", type=click.FloatRange(0, 1e9, max_open=True), metavar="SECONDS",
     help=f"Fail when the source was lost for so long; with --on-error=eio {DEADLINE:g}.",
 )  # fmt: skip
+@click.option(
+    "--like", metavar="DIR|none",
+    help="Take what is the same from this directory, or a snapshot, instead of fetching it; or from none.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 def pull(
     uri: str, directory: str, wait: bool, rate: int, paused: bool, on_error: str | None, deadline: float | None,
-    as_json: bool,
+    like: str | None, as_json: bool,
 ) -> int:  # fmt: skip
     """Make DIR from what an NBD server exports, and use it at once; its pages come when they are touched.
 
@@ -152,6 +173,10 @@ def pull(
       file:PATH                              a local file or directory
     With TLS, ?tls-certificates=DIR names ca-cert.pem, client-cert.pem and
     client-key.pem; without it the authorities of the system are believed.
+
+    Pages that this mount has already are not fetched: those of the same file, at the same offset, of another generation
+    of DIR. Without --like that is the newest snapshot or directory among those beside DIR whose names are the same up
+    to the first dot.
 
     Ctrl-C before DIR is there leaves nothing; after that the pull goes on. Both end with exit code 130.
     """  # noqa: D301 - click takes the backspace for "do not wrap"
@@ -167,6 +192,7 @@ def pull(
     uri = source_of(uri)
     mount, parent, name = locate_new(directory)
     request = {"uri": uri, "parent": parent, "name": name, "wait": deadline, "rate": rate, "paused": paused}
+    request["like"] = _like(like, mount)
     began = time.monotonic()
     try:
         told = _make(mount, request, directory)

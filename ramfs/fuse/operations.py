@@ -996,7 +996,7 @@ class Operations(pyfuse3.Operations):
             raise FileError(errno.EBUSY)
         path, change = virtual.parse_arrival(command)
         top = self.namespace.walk(path, caller)
-        pulls = self.pulls.of_layers(self.namespace.layers_below(top))
+        pulls = self.pulls.of_images(self.namespace.images_below(top))
         self.namespace.let_go(top)
         file.job = job = Steering(pulls, change)
         trio.lowlevel.spawn_system_task(job.run)

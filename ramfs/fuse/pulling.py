@@ -15,10 +15,11 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import trio
 
-from ramfs.arrival.known import look, new_path
+from ramfs.arrival.known import new_path
 from ramfs.arrival.pulls import Incoming, Options, Pull, Pulls
-from ramfs.errors import RamfsError, SourceBroken, SourceLost, SourceRefused
+from ramfs.errors import FileError, RamfsError, SourceBroken, SourceLost, SourceRefused
 from ramfs.fuse.extension import pyfuse3
+from ramfs.fuse.like import Likeness, like_path, newest_like
 from ramfs.namespace import Caller, Namespace
 from ramfs.pager import Known
 from ramfs.source.base import SourceDirectory
@@ -44,6 +45,8 @@ class Request(NamedTuple):
     parent: bytes
     name: bytes
     options: Options
+    like: bytes | bool = True
+    """a path to a generation of it that is here; True: the newest one by its name, if any; False: none"""
 
 
 class _Found(NamedTuple):
@@ -113,14 +116,17 @@ class Pulling:
         layers = self._pulls.pager.layers
         known: dict[str, Known] = {}
         new: list[str] = []
+        likeness = Likeness(self._namespace, self._caller, self._like())
         try:
             for path, (_, size, file) in files.items():
                 if file is not None and size:
                     new.append(new_path(layers.directory))
                     layers.making.add(new[-1])
-                    known[path] = await trio.to_thread.run_sync(look, file.digests, new[-1])
+                    known[path] = await likeness.look(os.fsencode(path), size, file.digests, new[-1])
             images = self._plant(files, known)
+            self._told["like"] = None if likeness.path is None else os.fsdecode(likeness.path)
         finally:
+            likeness.close()
             for left in new:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(left)
@@ -130,6 +136,18 @@ class Pulling:
         finally:
             for image in images:
                 self._namespace.images.release(image)
+
+    def _like(self) -> bytes | None:
+        """The path of the generation to take pages from. Raises FileError."""
+        request = self._request
+        if request.like is True:
+            return newest_like(self._namespace, request.parent, request.name, self._caller)
+        if request.like is False:
+            return None
+        try:
+            return like_path(self._namespace, request.like, self._caller)
+        except FileError as exc:
+            raise FileError(exc.errno, f"cannot take pages from /{os.fsdecode(request.like)}: {exc}") from exc
 
     def _plant(self, files: dict[str, _Found], known: dict[str, Known]) -> list[Image]:
         """Make directory and files, in one piece; returns the files' images, each in use once."""
@@ -157,6 +175,8 @@ class Pulling:
             "files": len(files),
             "bytes": sum(found.size for found in files.values()),
             "verified": pull.verified,
+            "wanted_bytes": pull.wanted << PAGE_SHIFT,
+            "taken_bytes": pull.taken << PAGE_SHIFT,
             "lost_bytes": lost << PAGE_SHIFT,
         }
         return list(images.values())

@@ -106,11 +106,14 @@ def parse_pull(command: dict[str, Any]) -> Request:
         uri, wait = _text(pull["uri"]), pull.get("wait")
         parent, name = os.fsencode(pull["parent"]), os.fsencode(pull["name"])
         options = Options(None if wait is None else float(wait), int(pull.get("rate", 0)), bool(pull.get("paused")))
+        given = pull.get("like")
+        like = given is None if given in (None, False) else os.fsencode(given)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise FileError(errno.EINVAL) from None
-    if not _fit_name(name) or b"\0" in parent or options.rate < 0 or not 0 <= (options.wait or 0) < 1e9:
+    paths = parent if isinstance(like, bool) else parent + like
+    if not _fit_name(name) or b"\0" in paths or options.rate < 0 or not 0 <= (options.wait or 0) < 1e9:
         raise FileError(errno.EINVAL)
-    return Request(uri, parent, name, options)
+    return Request(uri, parent, name, options, like)
 
 
 def parse_arrival(command: dict[str, Any]) -> tuple[bytes, Change]:

@@ -97,7 +97,8 @@ CREATE TABLE IF NOT EXISTS arriving (
     pull  INTEGER NOT NULL REFERENCES pulls,
     name  BLOB NOT NULL,                    -- what the source calls the file
     size  INTEGER NOT NULL,                 -- bytes that it has there
-    promised INTEGER NOT NULL               -- 1: ID.xxh3 has what a manifest says, and each page is compared with it
+    promised INTEGER NOT NULL,              -- 1: ID.xxh3 has what a manifest says, and each page is compared with it
+    taken INTEGER NOT NULL                  -- pages of the file that were found in other layers
 );
 """
 

@@ -132,7 +132,7 @@ class ArrivingKit(Kit):
         self.pulls.start(pull)
 
     def _known(self, data: bytes) -> Known:
-        return look(digests_of(data), new_path(self.store.layers.directory))
+        return look(digests_of(data), len(data), new_path(self.store.layers.directory))
 
     def run(self, work: Callable[[], Awaitable[object]] | None = None, *, streaming: bool = True) -> None:
         """Let what is pulled arrive until it stands still, and meanwhile do some work, which must come to an end."""
