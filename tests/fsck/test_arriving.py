@@ -166,7 +166,7 @@ def test_a_pull_that_is_lost(store: Path) -> None:
 
 
 def test_a_layer_that_is_lost(store: Path) -> None:
-    change(store, "INSERT INTO arriving VALUES (99, 1, 'gone', 4096, 0)")
+    change(store, "INSERT INTO arriving VALUES (99, 1, 'gone', 4096, 0, 0)")
     mended(store, "catalog-reference")
 
 
