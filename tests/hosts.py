@@ -54,6 +54,10 @@ class Host:
                  f"flush chain inet loss input; add rule inet loss input iifname cable numgen random mod 1000 < "
                  f"{round(percent * 10)} drop")  # fmt: skip
 
+    def slow(self, mbit: int) -> None:
+        """Send no more than this, Mbit/s."""
+        self.run(*f"tc qdisc replace dev cable root tbf rate {mbit}mbit burst 64kb latency 100ms".split())
+
     def listens(self, port: int) -> bool:
         """Does somebody listen at a TCP port?"""
         lines = (line.split() for line in self._read("/proc/net/tcp").splitlines()[1:])

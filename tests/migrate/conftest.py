@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,14 +37,10 @@ def guest_images() -> None:
 
 @pytest.fixture
 def pair(shm: Path) -> Iterator[Pair]:
-    with hosts() as (a, b):
-        labs = [
-            Lab(Mount(shm / f"{name}.store", shm / name, prefix=host.prefix)) for name, host in (("A", a), ("B", b))
-        ]
-        for lab in labs:
-            lab.mount.start()
+    with contextlib.ExitStack() as stack:
+        labs = []
+        a, b = stack.enter_context(hosts())
+        for name, host in (("A", a), ("B", b)):  # taken down in the other order: what still arrives on B is given up
+            labs.append(Lab(stack.enter_context(Mount(shm / f"{name}.store", shm / name, prefix=host.prefix))))
+            stack.callback(labs[-1].close)
         yield Pair(a, b, *labs)
-        # First B: what still arrives there is given up with its source.
-        for lab in reversed(labs):
-            lab.close()
-            lab.mount.__exit__(None, None, None)

@@ -1,0 +1,296 @@
+"""What tools/migrate runs on the other host: sent there as text, it takes orders and answers, JSON, one a line.
+
+It ends with the connection, or when nothing was heard for a while. Unless the guest was told to go on before, its QEMU
+is ended first and what was pulled is removed: so whoever never sent that order knows that the guest does not run here.
+
+SOCKET.migrate tells who works here and how far he is, for the one who comes after a connection was lost ("settle").
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from typing import Any
+
+from ramfs import qmp
+from ramfs.errors import RamfsError
+
+#: Bytes of the journal.
+_JOURNAL = 8192
+
+
+class Failed(RamfsError):
+    """One sentence for the other side."""
+
+
+class Journal:
+    """SOCKET.migrate: locked by the agent as long as it lives."""
+
+    def __init__(self, socket: str) -> None:
+        self.path = f"{socket}.migrate"
+
+    def begin(self) -> None:
+        """Be the one. Raises Failed."""
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Failed(f"another migration to {self.path.removesuffix('.migrate')} is under way") from None
+        self.told: dict[str, Any] = {"agent": os.getpid(), "qemu": None, "go": None, "made": []}
+        self.write()
+
+    def write(self, **change: Any) -> None:
+        self.told |= change
+        os.pwrite(self._fd, json.dumps(self.told).encode().ljust(_JOURNAL), 0)
+        os.fsync(self._fd)
+
+    def end(self) -> None:
+        os.unlink(self.path)
+
+    async def take_over(self) -> dict[str, Any] | None:
+        """End the agent that may still be there, and tell how far it was; None: it left nothing."""
+        try:
+            fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        agent = json.loads(os.pread(fd, _JOURNAL, 0))["agent"]
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(agent, signal.SIGKILL)
+                await asyncio.sleep(0.05)
+            else:
+                if not os.path.exists(self.path):
+                    return None
+                self._fd = fd
+                self.told = json.loads(os.pread(fd, _JOURNAL, 0))
+                return self.told
+
+
+class Agent:
+    """The orders, one method each."""
+
+    def __init__(self, socket: str) -> None:
+        self.socket = socket
+        self.journal = Journal(socket)
+        self.made: list[str] = []
+        self.qemu: asyncio.subprocess.Process | None = None
+        self.gone = False
+        """was the guest told to go on?"""
+
+    async def check(self, directory: str) -> None:
+        """Can it be made?"""
+        if await asyncio.to_thread(os.path.lexists, directory):
+            raise Failed(f"{directory} exists on the other host")
+
+    async def pull(self, uri: str, directory: str, wait: bool) -> dict[str, Any]:
+        """Pull a directory, which goes again unless the guest went on in it."""
+        await self.check(directory)
+        self._made(directory)
+        words = [sys.executable, "-m", "ramfs", "pull", "--json", *(["--wait"] if wait else []), uri, directory]
+        process = await asyncio.create_subprocess_exec(*words, stdin=-3, stdout=-1, stderr=-1)
+        try:
+            out, err = await process.communicate()
+        except asyncio.CancelledError:
+            process.send_signal(signal.SIGINT)  # it leaves nothing half
+            await process.wait()
+            raise
+        if process.returncode:
+            await self.remove(directory)
+            raise Failed(_last(err) or f"ramfs pull ended with {process.returncode}")
+        return dict(json.loads(out))
+
+    async def remove(self, directory: str) -> None:
+        """Remove what was pulled, if it is there."""
+        await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+        if directory in self.made:
+            self.made.remove(directory)
+
+    def _made(self, directory: str) -> None:
+        self.made.append(directory)
+        self.journal.write(made=self.made)
+
+    async def start(self, command: list[str], state: str) -> None:
+        """Start QEMU and load the state."""
+        if _listens(self.socket):
+            raise Failed(f"{self.socket} is in use on the other host: name another with --target-qmp")
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.socket)
+        words = [*command, "-S", "-incoming", "defer", "-qmp", f"unix:{self.socket},server=on,wait=off"]
+        log = f"{self.socket}.log"
+        try:
+            with open(log, "wb") as file:
+                self.qemu = await asyncio.create_subprocess_exec(
+                    *words, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+                )
+            self.journal.write(qemu=self.qemu.pid)
+            async with self._talk() as guest:
+                await guest.load_state(state)
+        except (RamfsError, OSError) as error:
+            why = str(error)
+            if self.qemu is not None and await self._has_ended():
+                with open(log, "rb") as file:
+                    why = f"QEMU ended: {_last(file.read()) or self.qemu.returncode}"
+            raise Failed(f"the guest cannot be started on the other host: {why}") from None
+
+    async def _has_ended(self) -> bool:
+        """Has QEMU ended, or is it just about to?"""
+        assert self.qemu is not None
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.qemu.wait(), 1)
+        return self.qemu.returncode is not None
+
+    @contextlib.asynccontextmanager
+    async def _talk(self):  # type: ignore[no-untyped-def]
+        assert self.qemu is not None
+        while not _listens(self.socket):
+            if self.qemu.returncode is not None:
+                raise Failed("it ended")
+            await asyncio.sleep(0.005)
+        async with qmp.connect(self.socket) as guest:
+            yield guest
+
+    async def go(self, run: bool) -> None:
+        """From here on the guest is this host's."""
+        assert self.qemu is not None
+        self.journal.write(go="run" if run else "stay")
+        self.gone = True
+        try:
+            if run:
+                async with self._talk() as guest:
+                    await guest.cont()
+        except RamfsError as error:
+            await self._end_qemu()
+            self.gone = False
+            self.journal.write(qemu=None, go=None)
+            raise Failed(f"the guest does not go on on the other host: {error}") from None
+
+    async def lacks(self, directory: str, pull: int) -> int:
+        """Bytes that a pull still lacks."""
+
+        def look() -> int:
+            mount = directory
+            while not os.path.ismount(mount):
+                mount = os.path.dirname(mount)
+            with open(os.path.join(mount, ".ramfs", "status.json"), "rb") as file:
+                pulls = json.load(file)["pulls"]
+            return next((each["total_bytes"] - each["here_bytes"] for each in pulls if each["id"] == pull), 0)
+
+        return await asyncio.to_thread(look)
+
+    async def settle(self) -> str:
+        """After a connection was lost: does the guest run here? If it does not, it never will."""
+        told = await self.journal.take_over()
+        if told is None:
+            return "ended"
+        if told["go"] is not None:
+            try:
+                async with qmp.connect(self.socket) as guest:
+                    if told["go"] == "run":
+                        await guest.cont()  # as it was ordered, and perhaps not done yet
+            except RamfsError:
+                return "unknown"
+            self.journal.end()
+            return "runs"
+        if told["qemu"] is not None:
+            with contextlib.suppress(OSError):
+                with open(f"/proc/{told['qemu']}/cmdline", "rb") as file:
+                    ours = self.socket.encode() in file.read()
+                if ours:
+                    os.kill(told["qemu"], signal.SIGKILL)
+        for directory in told["made"]:
+            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+        self.journal.end()
+        return "ended"
+
+    async def _end_qemu(self) -> None:
+        assert self.qemu is not None
+        if self.qemu.returncode is None:
+            self.qemu.kill()
+        await self.qemu.wait()
+
+    async def end(self, *, orderly: bool) -> None:
+        """Leave nothing that is not the guest's."""
+        if not self.gone:
+            if self.qemu is not None:
+                await self._end_qemu()
+                for path in (self.socket, f"{self.socket}.log"):
+                    with contextlib.suppress(OSError):
+                        os.unlink(path)
+            for directory in self.made:
+                await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+        if orderly or not self.gone:
+            self.journal.end()
+
+
+def _listens(socket: str) -> bool:
+    """Does somebody? A socket's name is there a moment earlier."""
+    with open("/proc/net/unix", encoding="utf-8", errors="replace") as file:
+        return any(line.rstrip("\n").endswith(f" {socket}") and line.split()[3] == "00010000" for line in file)
+
+
+def _last(text: bytes) -> str:
+    lines = text.decode(errors="replace").strip().splitlines()
+    return lines[-1].removeprefix("ramfs: ") if lines else ""
+
+
+async def main(socket: str, patience: float, *, settling: bool) -> None:
+    loop = asyncio.get_running_loop()
+    agent = Agent(socket)
+    reader = asyncio.StreamReader()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+
+    def say(told: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):
+            os.write(1, json.dumps(told).encode() + b"\n")
+
+    async def obey(order: dict[str, Any]) -> None:
+        try:
+            answer = await getattr(agent, order["do"])(**order["with"])
+        except (RamfsError, OSError) as error:
+            say({"id": order["id"], "error": str(error)})
+        else:
+            say({"id": order["id"], "answer": answer})
+
+    if settling:
+        say({"id": 0, "answer": await agent.settle()})
+        return
+    try:
+        agent.journal.begin()
+    except (RamfsError, OSError) as error:
+        say({"id": 0, "error": str(error)})
+        return
+    say({"id": 0, "answer": None})
+    goodbye: int | None = None
+    tasks: set[asyncio.Task[None]] = set()
+    with contextlib.suppress(TimeoutError):
+        while line := await asyncio.wait_for(reader.readline(), patience):
+            order = json.loads(line)
+            if order["do"] == "end":
+                goodbye = order["id"]
+                break
+            if order["do"] == "alive":
+                say({"id": None})
+                continue
+            if order["do"] == "go":  # to its end, whatever becomes of the connection
+                await obey(order)
+                continue
+            tasks.add(task := asyncio.create_task(obey(order)))
+            task.add_done_callback(tasks.discard)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await agent.end(orderly=goodbye is not None)
+    if goodbye is not None:
+        say({"id": goodbye, "answer": None})
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1], float(sys.argv[2]), settling=sys.argv[3:] == ["settle"]))
