@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import stat
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -187,12 +188,16 @@ def locate(path: str) -> tuple[MountEntry, str]:
 def locate_new(path: str) -> tuple[MountEntry, str, str]:
     """Where a directory that is to be made will lie: the mount, the way to its parent, its name.
 
-    Raises FileError where it cannot be, MountError.
+    Raises FileError, OSError where it cannot be, MountError.
     """
     parent, name = os.path.split(path.rstrip("/") or "/")
     if os.path.lexists(path):
         raise FileError(errno.EEXIST, f"{path} exists: choose another name, or remove it first")
-    if not os.path.isdir(parent or "."):
+    try:
+        is_directory = stat.S_ISDIR(os.stat(parent or ".").st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        is_directory = False
+    if not is_directory:
         raise FileError(errno.ENOENT, f"{parent} is not a directory: make it first")
     return *locate(parent or "."), name
 

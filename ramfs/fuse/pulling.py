@@ -6,6 +6,7 @@ it went. Closing it before the directory is there ends it, and nothing is left; 
 
 import contextlib
 import errno
+import functools
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import trio
 
+from ramfs.arrival.fetch import together
 from ramfs.arrival.known import new_path
 from ramfs.arrival.pulls import Incoming, Options, Pull, Pulls
 from ramfs.errors import FileError, RamfsError, SourceBroken, SourceLost, SourceRefused
@@ -34,6 +36,8 @@ log = logging.getLogger(__name__)
 _PATIENCE: Final = 30.0
 #: The file of an export that has no name, the default of many servers.
 UNNAMED: Final = "default"
+#: Files that a source is asked for at once.
+_AT_ONCE: Final = 8
 #: Files of one pull, at most.
 _MOST_FILES: Final = 10_000
 
@@ -95,14 +99,15 @@ class Pulling:
         names = set(await directory.names()) - {NAME}
         paths = {name or UNNAMED: name for name in sorted(names)}  # by the paths that they get
         _check_paths(paths, len(names), directory.description)
-        sizes = {path: await _size(directory, name) for path, name in paths.items()}
+        sizes = await _sizes(directory, paths)
         manifest = await fetch_manifest(directory)
         known = {} if manifest is None else dict(manifest.files)
         if not names_one(self._request.uri):  # servers may not export what is empty
-            more = sorted(known.keys() - names)
-            paths |= {path: path for path in more}
+            more = {path: path for path in sorted(known.keys() - names)}
+            paths |= more
             _check_paths(paths, len(paths), directory.description)
-            sizes |= {path: await _size(directory, path, known[path]) for path in more}
+            sizes |= await _sizes(directory, {path: path for path in more if known[path].size})
+            sizes |= {path: 0 for path in more if not known[path].size}
         if not sizes:
             raise SourceRefused(f"{directory.description} has no files: nothing to pull")
         for path in sizes.keys() & known.keys():
@@ -191,15 +196,21 @@ class Pulling:
         self._scope.cancel()
 
 
-async def _size(directory: SourceDirectory, name: str, known: File | None = None) -> int:
-    """Bytes of a file at the source, which is asked unless it is known that there are none. Raises SourceError."""
-    if known is not None and known.size == 0:
-        return 0
-    source = await directory.open(name)
-    await source.aclose()
-    if not 0 <= source.size <= MAX_FILE_SIZE:
-        raise SourceBroken(f"{source.description} has {source.size} bytes, which no file can have")
-    return source.size
+async def _sizes(directory: SourceDirectory, names: dict[str, str]) -> dict[str, int]:
+    """Bytes of files at the source, by their paths. Several are asked for at once: it may be far. Raises SourceError."""
+    sizes = dict.fromkeys(names, 0)
+    limit = trio.CapacityLimiter(_AT_ONCE)
+
+    async def ask(path: str, name: str) -> None:
+        async with limit:
+            source = await directory.open(name)
+            await source.aclose()
+        if not 0 <= source.size <= MAX_FILE_SIZE:
+            raise SourceBroken(f"{source.description} has {source.size} bytes, which no file can have")
+        sizes[path] = source.size
+
+    await together(functools.partial(ask, path, name) for path, name in names.items())
+    return sizes
 
 
 def _check_paths(paths: dict[str, str], count: int, where: str) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from arrival.conftest import control
 from arrival.conftest import nbdkit as server
-from cli.conftest import Outcome, run
+from cli.conftest import NOBODY, Outcome, call, needs_root, run
 from harness import Mount
 from mount.posix import errno_of, eventually, fails, pattern, read, status
 from nbd.servers import make_authority, make_certificate, nbdkit
@@ -194,6 +194,7 @@ def test_nothing_is_left_of_what_cannot_be(mount: Mount, uri: str, tmp_path: Pat
     run("pull", uri, mount.path / "frozen" / ".snap" / "t").failed(1, "frozen/.snap/t", "Read-only")
     run("pull", uri, mount.path / "frozen" / ".snap" / "s" / "t").failed(1, "Read-only")
     run("pull", uri, mount.path / "none" / "new").failed(1, "none is not a directory")
+    run("pull", uri, mount.path / "file" / "new").failed(1, "file is not a directory")
     run("pull", uri, mount.path / ("n" * 256)).failed(1, "File name too long")
     run("pull", uri, tmp_path / "new").failed(8, tmp_path, "does not lie in a ramfs mount")
     assert not new.exists()
@@ -232,13 +233,25 @@ def test_raw_commands_that_mean_nothing(mount: Mount, uri: str) -> None:
         file.write(json.dumps({"pull": {"uri": uri, "parent": "", "name": ".ramfs"}}).encode())
 
 
+@needs_root
+def test_only_who_may(uri: str, public: Path) -> None:
+    """The mount's owner; others are told what is in the way."""
+    with Mount(public / "store", public / "mnt") as closed:
+        ramfs = [*NOBODY, sys.executable, "-P", "-m", "ramfs", "pull", uri]
+        call(*ramfs, closed.path / "new").failed(1, closed.path, "Permission denied")
+    with Mount(public / "store", public / "mnt", options=("allow_other",)) as opened:
+        opened.path.chmod(0o777)
+        call(*ramfs, opened.path / "new").failed(1, "only the mount's owner")
+        assert not (opened.path / "new").exists()
+
+
 # --- while it is made, and while it arrives ---
 
 
 @contextlib.contextmanager
 def slow(served: Path) -> Iterator[str]:
     """A server that takes its time with each connection."""
-    with nbdkit("--filter=delay", "file", f"dir={served}", "delay-open=300ms") as uri:
+    with nbdkit("--filter=delay", "file", f"dir={served}", "delay-open=500ms") as uri:
         yield uri
 
 
