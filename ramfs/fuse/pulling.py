@@ -197,7 +197,7 @@ class Pulling:
 
 
 async def _sizes(directory: SourceDirectory, names: dict[str, str]) -> dict[str, int]:
-    """Bytes of files at the source, by their paths. Several are asked for at once: it may be far. Raises SourceError."""
+    """Bytes of files at the source, by path. Several are asked for at once, for it may be far. Raises SourceError."""
     sizes = dict.fromkeys(names, 0)
     limit = trio.CapacityLimiter(_AT_ONCE)
 
