@@ -51,11 +51,14 @@ class Absent(Exception):
     Whoever asked has them brought (arrival/) and asks again, from the start.
     """
 
-    def __init__(self, layer: LayerId, first: int, stop: int) -> None:
+    def __init__(self, layer: LayerId, first: int, stop: int, name: LayerId | None = None, shift: int = 0) -> None:
         super().__init__(f"pages {first} to {stop} of layer {layer} are not here yet")
         self.layer = layer
         self.first = first
         self.stop = stop
+        self.name = layer if name is None else name
+        """what the table calls the layer, and how much further on its pages lie in the file than in the image"""
+        self.shift = shift
 
 
 class Known(NamedTuple):
@@ -200,7 +203,7 @@ class Pager:
         """The layer that pages ``[first, stop)`` of an image are in. Raises Absent."""
         layer = self.layers[number]
         if layer.presence is not None and not layer.presence.here(first + layer.shift, stop + layer.shift):
-            raise Absent(layer.base, first + layer.shift, stop + layer.shift)
+            raise Absent(layer.base, first + layer.shift, stop + layer.shift, layer.id, layer.shift)
         return layer
 
     def _check_here(self, image: Image, offset: int, length: int) -> None:
@@ -220,6 +223,18 @@ class Pager:
                 except Absent as absent:
                     found.append(absent)
         return found
+
+    def around(self, image: Image, absent: Absent, reach: int) -> tuple[int, int]:
+        """Those pages of the same layer's file around absent ones, within ``reach`` pages, that the image names too."""
+        first, stop = absent.first - absent.shift, absent.stop - absent.shift
+        low, high = first // reach * reach, min((stop + reach - 1) // reach * reach, image.pages)
+        other = image.table.entries[low:high] != absent.name
+        before, behind = np.flatnonzero(other[: first - low]), np.flatnonzero(other[stop - low :])
+        low, high = (
+            (low + int(before[-1]) + 1 if len(before) else low),
+            (stop + int(behind[0]) if len(behind) else high),
+        )
+        return low + absent.shift, high + absent.shift
 
     def _write_pages(self, image: Image, first: int, stop: int, data: Buffer) -> None:
         """Write whole pages: zero pages are named zero, the others go to the live layer."""

@@ -32,6 +32,7 @@ from ramfs.image.table import NORESERVE, Mask, runs_of
 from ramfs.pager import Absent, Pager
 from ramfs.source.base import Rest, read_soon
 from ramfs.source.retry import RetrySource, of_one_read
+from ramfs.store.images import Image
 from ramfs.store.layers import Layer
 from ramfs.store.presence import ABSENT, STORED, ZEROS, Presence
 from ramfs.units import PAGE, PAGE_SHIFT, LayerId
@@ -47,6 +48,11 @@ _GLANCE: Final = 150e-6 if (os.cpu_count() or 1) > 1 else 0.0
 _STUCK: Final = 0.5
 #: Buffers of that size that are kept.
 _BUFFERS: Final = 32
+#: After so many fetches that took longer only each so manieth is waited for.
+_MISSES: Final = 4
+_TRY_AGAIN: Final = 32
+#: Of the time that a page alone takes, what it may take with its neighbours, which are up to 63.
+_DEAR: Final = 4
 #: Seconds between attempts to store pages for which the store has no room.
 _FULL_AGAIN: Final = 1.0
 
@@ -96,8 +102,12 @@ class Arrival:
         self._memory = mmap.mmap(-1, len(self.presence.states), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
         self._asked: Mask = np.frombuffer(self._memory, np.bool_)
         self._buffers: list[mmap.mmap] = []
-        self._usual = 0.0
-        """seconds that somebody waits, of late"""
+        self.reach = 1
+        """pages around one that is read which come with it, a power of two"""
+        self._least = 1.0
+        """seconds that a fetch takes at least, of late"""
+        self._missed = 0
+        """fetches in a row that took more than a moment"""
         self._most = max(PAGE, min(LARGEST, source.maximum)) >> PAGE_SHIFT
 
     @property
@@ -115,18 +125,20 @@ class Arrival:
         """Runs of pages, cut into what one fetch may bring."""
         return [(a, min(a + self._most, stop)) for first, stop in runs for a in range(first, stop, self._most)]
 
-    def bring_soon(self, first: int, stop: int) -> Rest | None:
+    def bring_soon(self, first: int, stop: int, low: int, high: int) -> Rest | None:
         """Have pages ``[first, stop)`` here. None if they are when it returns; else what is to be awaited for that.
 
-        Where replies usually come in a moment that is waited for, as read_soon of source/base.py does.
+        With them come their neighbours within ``[low, high)``: whoever touches a page touches those next. Where
+        replies usually come in a moment, that is waited for, as read_soon of source/base.py does.
         """
-        pieces = self.pieces(self.unasked(first, stop))
-        alone = len(pieces) == 1 and not self._asked[first:stop].any()
-        if not alone or self._usual > _GLANCE or self._is_loose(*pieces[0]):
+        piece = self._with_neighbours(first, stop, low, high)
+        if piece is None:
             return partial(self.bring, first, stop)
-        flight, buffer, view = self._take_off(*pieces[0])
+        flight, buffer, view = self._take_off(*piece)
         began = trio.current_time()
-        rest = read_soon(self.source, flight.first << PAGE_SHIFT, view, _GLANCE)
+        patience = 0.0 if self._missed >= _MISSES and self._missed % _TRY_AGAIN else _GLANCE
+        rest = read_soon(self.source, flight.first << PAGE_SHIFT, view, patience)
+        self._missed = 0 if rest is None else self._missed + 1
         if rest is not None:
             return partial(self._finish, rest, flight, buffer, view, (began, first, stop))
         try:
@@ -135,7 +147,29 @@ class Arrival:
             return partial(self._finish, _nothing, flight, buffer, view, (began, first, stop))
         self._arrived(flight, buffer)
         self._count(trio.current_time() - began, stop)
+        self._adapt(flight, began)
         return None
+
+    def _with_neighbours(self, first: int, stop: int, low: int, high: int) -> tuple[int, int] | None:
+        """What one fetch can bring of absent pages and those around them; None if they are more, or partly here."""
+        runs = [run for run in self.unasked(low, high) if run[0] <= first and stop <= run[1]]
+        if not runs or stop - first > self._most:
+            return None
+        low, high = runs[0]
+        low = max(low, first // self._most * self._most)
+        high = min(high, low + self._most)
+        if high < stop:
+            low, high = first, stop
+        return None if self._is_loose(low, high) else (low, high)
+
+    def _adapt(self, flight: _Flight, began: float) -> None:
+        """Reach as far around what is touched as takes no more time than a few pages alone would."""
+        took = trio.current_time() - began
+        self._least = min(took, self._least * 1.005)
+        if took > _DEAR * self._least:
+            self.reach = max(1, self.reach // 2)
+        elif flight.stop - flight.first > self.reach // 2:
+            self.reach = min(self._most, self.reach * 2)
 
     async def _finish(
         self, rest: Rest, flight: _Flight, buffer: mmap.mmap, view: memoryview, wanted: tuple[float, int, int]
@@ -151,6 +185,7 @@ class Arrival:
                     raise
             finally:
                 self._arrived(flight, buffer)
+        self._adapt(flight, began)
         await self.bring(first, stop)  # they may be more than one fetch, or it could not be answered
 
     async def bring(self, first: int, stop: int) -> None:
@@ -195,7 +230,6 @@ class Arrival:
         counts.demand_faults += 1
         counts.demand_seconds += took
         counts.slowest = max(counts.slowest, took)
-        self._usual += (took - self._usual) / 8
         self.touched.append(stop)
 
     def _is_loose(self, first: int, stop: int) -> bool:
@@ -358,12 +392,13 @@ class Arrivals:
                 return
             await self._more.wait()  # its source is just being opened
 
-    def bring_soon(self, absent: list[Absent]) -> Rest | None:
-        """As :meth:`bring_all`, but at once if that takes a moment only: then None."""
+    def bring_soon(self, image: Image, absent: list[Absent]) -> Rest | None:
+        """As :meth:`bring_all`, for who reads the image; at once if that takes a moment only: then None."""
         arrival = self._by_layer.get(absent[0].layer) if len(absent) == 1 else None
         if arrival is None:
             return partial(self.bring_all, absent)
-        return arrival.bring_soon(absent[0].first, absent[0].stop)
+        near = self._pager.around(image, absent[0], arrival.reach)
+        return arrival.bring_soon(absent[0].first, absent[0].stop, *near)
 
     async def bring_all(self, absent: list[Absent]) -> None:
         """As :meth:`bring`, of several at once."""

@@ -197,7 +197,7 @@ class Operations(pyfuse3.Operations):
         """Of a READ that has met absent pages: it is answered later (None), or -errno."""
         try:
             image = self._images[handle]
-            rest = self.arrivals.bring_soon(self.pager.absent(image, offset, size))
+            rest = self.arrivals.bring_soon(image, self.pager.absent(image, offset, size))
             token = native.later()
             if rest is not None or not native.reply(token, self.pager.plan(image, offset, size) or b""):
                 trio.lowlevel.spawn_system_task(self._read_on, image, offset, size, rest, token)
