@@ -134,8 +134,13 @@ class ArrivingKit(Kit):
     def _known(self, data: bytes) -> Known:
         return look(digests_of(data), len(data), new_path(self.store.layers.directory))
 
-    def run(self, work: Callable[[], Awaitable[object]] | None = None, *, streaming: bool = True) -> None:
-        """Let what is pulled arrive until it stands still, and meanwhile do some work, which must come to an end."""
+    def run(
+        self, work: Callable[[], Awaitable[object]] | None = None, *, streaming: bool = True, patient: bool = True
+    ) -> None:
+        """Let what is pulled arrive until it stands still, and meanwhile do some work, which must come to an end.
+
+        Without ``patient`` that is the end of it.
+        """
 
         async def main() -> None:
             done = trio.Event()
@@ -150,7 +155,7 @@ class ArrivingKit(Kit):
                     nursery.start_soon(self.pulls.run)
                 nursery.start_soon(do)
                 await done.wait()
-                for _ in range(0 if not streaming else 2000 if self.shelf.allowed is None else 2):
+                for _ in range(0 if not streaming or not patient else 2000 if self.shelf.allowed is None else 2):
                     if not self.pulls.running:
                         break
                     await trio.sleep(1)
