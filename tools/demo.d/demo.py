@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ MIB = 1 << 20
 RAM = 256
 FILLED = 96
 TICK = 0.25
+MIGRATE = Path(__file__).parents[1] / "migrate"
 RAMFS = Path(sys.executable).with_name("ramfs")
 
 BOLD, DIM, PLAIN = ("\x1b[1m", "\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "", "")
@@ -121,22 +123,30 @@ def run(command: list[str], short: str, mount: Path) -> None:
 # --- a guest ---
 
 
+def machine(memory: Path) -> list[str]:
+    """The part of QEMU's command line that is of interest."""
+    backend = f"memory-backend-file,id=pc.ram,size={RAM}M,mem-path={memory},share=on"
+    command = ["qemu-system-x86_64", "-accel", "tcg", "-m", str(RAM), "-object", backend]
+    return [*command, "-machine", "pc,memory-backend=pc.ram"]
+
+
+def devices(images: list[str]) -> list[str]:
+    """The rest of it, but for serial line and QMP."""
+    line = f"console=ttyS0 quiet panic=-1 tick={TICK} fill=1:{FILLED}"
+    quiet = ["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]
+    return [*quiet, "-kernel", images[0], "-initrd", images[1], "-append", line]
+
+
 class Vm:
     """A QEMU whose serial line is listened to."""
 
-    def __init__(self, name: str, memory: Path, socket: Path, images: list[str], *, incoming: bool) -> None:
+    def __init__(self, name: str, memory: Path, qmp_socket: Path, images: list[str], *, incoming: bool) -> None:
         self.name = name
-        self.socket = socket
+        self.socket = qmp_socket
         self.lines: list[str] = []
-        command = ["qemu-system-x86_64", "-accel", "tcg", "-m", str(RAM)]
-        command += ["-object", f"memory-backend-file,id=pc.ram,size={RAM}M,mem-path={memory},share=on"]
-        command += ["-machine", "pc,memory-backend=pc.ram"]
-        if incoming:
-            command += ["-incoming", "defer"]
+        command = [*machine(memory), *(["-incoming", "defer"] if incoming else [])]
         show("$ " + " ".join(command).replace(str(memory), f"MNT/{memory.name}") + " ...")
-        command += ["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio"]
-        command += ["-qmp", f"unix:{socket},server=on,wait=off", "-kernel", images[0], "-initrd", images[1]]
-        command += ["-append", f"console=ttyS0 quiet panic=-1 tick={TICK} fill=1:{FILLED}"]
+        command += [*devices(images), "-serial", "stdio", "-qmp", f"unix:{qmp_socket},server=on,wait=off"]
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -153,7 +163,7 @@ class Vm:
 
     @property
     def ticks(self) -> list[int]:
-        return [int(found[1]) for line in list(self.lines) if (found := re.fullmatch(r"tick (\d+)", line))]
+        return ticks_of(self.lines)
 
     def wait(self, ready: Callable[[], bool], what: str, timeout: float = 30) -> None:
         deadline = time.monotonic() + timeout
@@ -189,6 +199,130 @@ class Vm:
         self.process.wait()
 
 
+def ticks_of(lines: list[str]) -> list[int]:
+    return [int(found[1]) for line in list(lines) if (found := re.fullmatch(r"tick (\d+)", line))]
+
+
+# --- another host ---
+
+
+class Host:
+    """A network of its own, with an end of the cable; without root it is this host's, and there is no cable."""
+
+    def __init__(self, name: str, address: str) -> None:
+        self.name = name
+        self.address = address if os.geteuid() == 0 else "127.0.0.1"
+        self.prefix: list[str] = []
+        self._holder: subprocess.Popen[bytes] | None = None
+        if os.geteuid() == 0:
+            with interrupts.held():
+                self._holder = subprocess.Popen(
+                    ["unshare", "--net", "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+                )
+            assert self._holder.stdin is not None
+            assert self._holder.stdout is not None
+            self._holder.stdin.write(b"?\n")
+            self._holder.stdin.flush()
+            self._holder.stdout.readline()  # cat answers: the namespace is there
+            self.prefix = ["nsenter", f"--target={self._holder.pid}", "--net", "--"]
+
+    def connect(self, other: Host) -> None:
+        """Put a cable of 100 Mbit/s between the two."""
+        if self._holder is None or other._holder is None:
+            return
+        self.ip(f"link add cable type veth peer name cable netns {other._holder.pid}")
+        for host in (self, other):
+            for command in (f"address add {host.address}/24 dev cable", "link set cable up", "link set lo up"):
+                host.ip(command)
+            words = ["tc", *"qdisc add dev cable root tbf rate 100mbit burst 64kb latency 100ms".split()]
+            # Not every kernel can be slow. It is the quicker then.
+            subprocess.run([*host.prefix, *words], capture_output=True, check=False)
+
+    def ip(self, command: str) -> None:
+        done = subprocess.run(
+            [*self.prefix, "ip", *command.split()],
+            capture_output=True,
+            text=True,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+        if done.returncode:
+            raise DemoFailed(f"ip {command}: {done.stderr.strip()}")
+
+    def close(self) -> None:
+        if self._holder is not None:
+            self._holder.kill()
+            self._holder.communicate()
+
+
+class Move:
+    """tools/migrate at work, and the guest that it starts on the other host."""
+
+    def __init__(self, room: Path, a: Host, b: Host, guest: Vm, memory: Path, target: Path, images: list[str]) -> None:
+        self.room = room
+        command = ["--rounds", "0", str(memory), str(target), "--", *machine(target)]
+        shown = " ".join(command).replace(str(memory), "MNT/parent").replace(str(target), "MNT-B/parent")
+        show(f"$ tools/migrate --qmp SOCKET --on B --listen {a.address} {shown} ...")
+        options = ["--qmp", str(guest.socket), "--target-qmp", f"{room}/moved"]
+        options += ["--on", " ".join(b.prefix), "--listen", a.address]
+        command += [*devices(images), "-serial", "chardev:line", "-pidfile", f"{room}/pid"]
+        command += ["-chardev", f"socket,id=line,path={room}/line,server=on,wait=off,logfile={room}/said"]
+        with interrupts.held():
+            self.process = subprocess.Popen(
+                [*a.prefix, str(MIGRATE), *options, *command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            )  # fmt: skip
+        self.said: list[str] = []
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            show(f"  {line.rstrip()}")
+            self.said.append(line)
+
+    @property
+    def lines(self) -> list[str]:
+        """What the guest has said there."""
+        with contextlib.suppress(FileNotFoundError):
+            return [line.rstrip("\r") for line in (self.room / "said").read_text(errors="replace").split("\n")[:-1]]
+        return []
+
+    @property
+    def ticks(self) -> list[int]:
+        return ticks_of(self.lines)
+
+    def wait(self, ready: Callable[[], bool], what: str, timeout: float = 60) -> None:
+        deadline = time.monotonic() + timeout
+        while not ready():
+            if self.process.poll():
+                raise DemoFailed(f"tools/migrate failed: {self.said[-1].strip() if self.said else 'it said nothing'}")
+            if time.monotonic() > deadline:
+                raise DemoFailed(f"{what} within {timeout:.0f} s")
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        """End the tool, its server and the guest, wherever they are."""
+        keepers = []
+        with contextlib.suppress(OSError):
+            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+            keepers = [int(pid) for pid in children.split()]
+        for _ in range(2):  # at the second it no longer waits until all is there
+            if self.process.poll() is None:
+                self.process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(1 if keepers else 5)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(20)
+        self.process.kill()
+        self.process.wait()
+        for keeper in keepers:
+            with contextlib.suppress(OSError):
+                os.killpg(keeper, signal.SIGTERM)
+        with contextlib.suppress(OSError, ValueError):
+            os.kill(int((self.room / "pid").read_text()), signal.SIGKILL)
+
+
 # --- the demonstration ---
 
 
@@ -201,19 +335,26 @@ class Demo:
         self.sockets = Path(tempfile.mkdtemp(prefix=prefix, dir="/tmp"))  # a socket's path is short
         self.store = self.base / "store"
         self.mount = self.base / "mnt"
-        self.mounted = False
+        self.other = self.base / "mnt-b"
+        self.mounted: list[Path] = []
         self.guests: list[Vm] = []
+        self.hosts: list[Host] = []
+        self.move: Move | None = None
 
     def close(self) -> None:
+        if self.move is not None:
+            self.move.close()
         for guest in self.guests:
             guest.end()
-        if self.mounted:
-            command: list[object] = [RAMFS, "umount", self.mount]
+        for mount in reversed(self.mounted):  # what still arrives there is given up before its source
+            command: list[object] = [RAMFS, "umount", mount]
             done = subprocess.run(command, capture_output=True, check=False)
             if done.returncode:
                 lazy = ["umount", "-l"] if os.geteuid() == 0 else ["fusermount3", "-uz"]
-                subprocess.run([*lazy, str(self.mount)], capture_output=True, check=False)
-        if not os.path.ismount(self.mount):
+                subprocess.run([*lazy, str(mount)], capture_output=True, check=False)
+        for host in self.hosts:
+            host.close()
+        if not any(os.path.ismount(mount) for mount in (self.mount, self.other)):
             shutil.rmtree(self.base, ignore_errors=True)
         shutil.rmtree(self.sockets, ignore_errors=True)
 
@@ -232,7 +373,7 @@ class Demo:
     def run(self) -> None:
         steps = Steps()
         with steps.step("Mount an empty store"):
-            self.mounted = True
+            self.mounted.append(self.mount)
             self.mount.mkdir()
             run([str(RAMFS), "mount", str(self.store), str(self.mount)], "ramfs mount STORE MNT", self.mount)
             (self.mount / "parent").mkdir()
@@ -243,8 +384,7 @@ class Demo:
             run(["ls", "-l", str(self.mount / "parent")], "ls -l MNT/parent", self.mount)
         with steps.step("Snapshot it while it runs"):
             earliest = parent.ticks[-1]
-            socket = str(parent.socket)
-            command = [str(RAMFS), "snapshot", str(self.mount / "parent"), "warm", "--qmp", socket]
+            command = [str(RAMFS), "snapshot", str(self.mount / "parent"), "warm", "--qmp", str(parent.socket)]
             run(command, "ramfs snapshot MNT/parent warm --qmp SOCKET", self.mount)
             latest = parent.ticks[-1]
             before = self.stored()
@@ -278,16 +418,63 @@ class Demo:
             run([str(RAMFS), "du", str(self.mount)], "ramfs du MNT", self.mount)
             show(f"the store before cp -r: {before / MIB:8.1f} MiB")
             show(f"the store after cp -r:  {after / MIB:8.1f} MiB   ({(after - before) / 1024:.0f} KiB more)")
+        with steps.step("Make another host, at the end of a cable"):
+            self.hosts += [Host("A", "10.76.0.1"), Host("B", "10.76.0.2")]
+            here, there = self.hosts
+            here.connect(there)
+            self.mounted.append(self.other)
+            self.other.mkdir()
+            command = [*there.prefix, str(RAMFS), "mount", str(self.base / "store-b"), str(self.other)]
+            run(command, "ramfs mount STORE-B MNT-B          (on B)", self.mount)
+        with steps.step("Move the parent there while it runs, and let its memory come behind"):
+            self.move = move = Move(
+                self.sockets, here, there, parent, self.mount / "parent", self.other / "parent", self.images
+            )
+            move.wait(lambda: len(move.ticks) >= 3, "the moved guest did not tick")
+            last, begun = parent.ticks[-1], move.ticks[0]
+            show(f"on A   {row(parent.ticks[-3:], range(last - 2, last + 4))}")
+            show(f"on B   {row(move.ticks, range(last - 2, last + 4))}")
+        with steps.step("Pull the cable while it checks its memory"):
+
+            def verified() -> list[str]:
+                return [each[2:] for each in move.lines if each.startswith("= verified")]
+
+            with socket.socket(socket.AF_UNIX) as line:
+                line.connect(str(self.sockets / "line"))
+                line.sendall(b"verify\n")
+                if here.prefix:
+                    here.ip("link set cable down")
+                    show("$ ip link set cable down")
+                    time.sleep(3)
+                    waits = (
+                        "the guest waits for one" if not verified() else "all that the guest touches was here before"
+                    )
+                    show(f"3 s: no page comes, and {waits}")
+                    here.ip("link set cable up")
+                    show("$ ip link set cable up")
+                else:
+                    show("(without root there is no cable to pull)")
+
+                move.wait(lambda: bool(verified()), "the moved guest did not check its memory")
+            show(f"moved:  {verified()[0]}")
+            move.wait(lambda: move.process.poll() == 0, "the memory did not arrive")
+            run(["ls", str(self.other)], "ls MNT-B", self.mount)
         print()
         for title, seconds in steps.times:
             show(f"{title:72} {seconds:6.2f} s")
 
+        if not verified()[0].startswith("verified ok seeds=2,1,1,1,1,1,1,1 "):
+            raise DemoFailed("the moved guest finds its memory damaged")
+        if not last + 1 <= begun <= last + 2 or move.ticks != list(range(begun, begun + len(move.ticks))):
+            raise DemoFailed(f"the moved guest went on at tick {begun}, and was stopped at {last}")
         if not earliest + 1 <= first <= latest + 2:
             raise DemoFailed(f"the clone began at tick {first}, its parent was between {earliest} and {latest}")
         for guest in (parent, clone):
             if guest.ticks != list(range(guest.ticks[0], guest.ticks[-1] + 1)):
                 raise DemoFailed(f"the {guest.name} missed a tick")
-        print(f"\n{BOLD}One guest became two, and both run. Cleaning up.{PLAIN}", flush=True)
+        print(
+            f"\n{BOLD}One guest became two, and both run, one of them on another host. Cleaning up.{PLAIN}", flush=True
+        )
 
 
 def row(ticks: list[int], shown: range) -> str:

@@ -51,9 +51,12 @@ _ENDED = "the server ended: "
 #: are gone. As systemd activates by socket: the socket is number 3, and it is told which process that is meant for.
 _KEEP = f"""
 socket=$1 room=$2; shift 2
-trap 'rm -r "$room"; exit' TERM
+# By itself it would wait for clients, who may be cut off.
+trap 'kill -9 $server; rm -r "$room"; exit' TERM
 while :; do
-  sh -c 'socket=$1; shift; export LISTEN_FDS=1 LISTEN_PID=$$; eval "exec 3<&$socket"; exec "$@"' sh "$socket" "$@"
+  sh -c 'socket=$1; shift; export LISTEN_FDS=1 LISTEN_PID=$$; eval "exec 3<&$socket"; exec "$@"' sh "$socket" "$@" &
+  server=$!
+  wait $server
   echo "{_ENDED}status $?"
   sleep 0.1
 done
