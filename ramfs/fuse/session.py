@@ -16,8 +16,9 @@ from ramfs.fuse.operations import Operations
 
 log = logging.getLogger(__name__)
 
-#: Requests that the kernel may have under way for reading ahead and writing back.
-MAX_BACKGROUND: Final = 64
+#: Requests that the kernel may have under way for reading ahead, which every fault does, and writing back. As many as
+#: there can be: those that wait for a source that is lost must not use them up, or all of the mount would wait.
+MAX_BACKGROUND: Final = 65535
 #: Bytes in the largest READ and WRITE: what the kernel allows (256 pages).
 MAX_REQUEST: Final = 1 << 20
 #: Requests that may wait at a time (for a sync, say). With all of them taken nothing is answered any more, not
