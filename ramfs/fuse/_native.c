@@ -657,6 +657,13 @@ static PyObject *py_later(PyObject *self, PyObject *none)
     return token;
 }
 
+static PyObject *py_asker(PyObject *self, PyObject *token)
+{
+    fuse_req_t req = PyCapsule_GetPointer(token, waiting);
+    (void)self;
+    return req == NULL ? NULL : PyLong_FromLong(fuse_req_ctx(req)->pid);
+}
+
 static PyObject *py_unique(PyObject *self, PyObject *none)
 {
     (void)self;
@@ -831,6 +838,7 @@ static PyMethodDef methods[] = {
     {"reply", py_reply, METH_VARARGS,
      "Answer the request of a token by its result or -errno. False, and not yet answered, if pages of it are absent."},
     {"later", py_later, METH_NOARGS, "A token for the READ, WRITE or COPY_FILE_RANGE under way; its handler returns None."},
+    {"asker", py_asker, METH_O, "The id of the thread that the request of a token is from, 0 if it has none here."},
     {"unique", py_unique, METH_NOARGS, "The number of the request under way: ask at a handler's start."},
     {"xattr_flags", py_xattr_flags, METH_NOARGS, "XATTR_CREATE or XATTR_REPLACE of a SETXATTR: ask at its handler's start."},
     {"init_request", py_init_request, METH_NOARGS, "The kernel's INIT request, empty before it came."},

@@ -31,6 +31,7 @@ from ramfs.fuse.handles import FileHandle, VirtualHandle
 from ramfs.fuse.manifests import Manifests, is_manifest
 from ramfs.fuse.passthrough import FOPEN_PASSTHROUGH, Passthrough
 from ramfs.fuse.pulling import Pulling, Request, Steering
+from ramfs.fuse.waiting import Waiting
 from ramfs.inspect.counters import Counters
 from ramfs.inspect.report import Observer, page_counts_text
 from ramfs.ledger import OPENER, Held, Kind, Ledger, Record, inode_numbers
@@ -88,6 +89,7 @@ class Operations(pyfuse3.Operations):
         self.manifests = Manifests(pager, namespace)
         self.pulls = pulls
         self.arrivals = pulls.arrivals
+        self._waiting = Waiting()
         self.counters: Counters = observer.counters
         self.ledger: Ledger = namespace.ledger
         self.outcomes = pager.store.outcomes
@@ -208,20 +210,26 @@ class Operations(pyfuse3.Operations):
     async def _read_on(self, image: Image, offset: int, size: int, rest: Rest | None, token: object) -> None:
         """Answer a READ when its pages are here."""
         try:
-            if rest is not None:
-                await rest()
-            while not native.reply(token, self.pager.plan(image, offset, size) or b""):
-                await self.arrivals.bring_all(self.pager.absent(image, offset, size))
+            with self._waiting.of(native.asker(token)):
+                if rest is not None:
+                    await rest()
+                while not native.reply(token, self.pager.plan(image, offset, size) or b""):
+                    await self.arrivals.bring_all(self.pager.absent(image, offset, size))
         except Exception as exc:
             native.reply(token, self._failed(exc, "read", offset, size))
 
-    async def _having(self, work: Callable[[], _T]) -> _T:
-        """Do something without an await, for which absent pages may have to be brought."""
+    async def _having(self, thread: int, work: Callable[[], _T]) -> _T:
+        """Do something for a thread, without an await, for which absent pages may have to be brought."""
         while True:
             try:
                 return work()
             except Absent as absent:
-                await self.arrivals.bring(absent)
+                await self._bring(thread, absent)
+
+    async def _bring(self, thread: int, absent: Absent) -> None:
+        """Have pages brought that a thread waits for. Raises EINTR when it is killed, SourceError, OSError."""
+        with self._waiting.of(thread):
+            await self.arrivals.bring(absent)
 
     def _later(self, absent: Absent, work: Callable[[], int], request: str, *details: int) -> None:
         """Answer the request at hand by what ``work`` returns, when the pages that it needs are here."""
@@ -229,8 +237,8 @@ class Operations(pyfuse3.Operations):
 
         async def go_on() -> None:
             try:
-                await self.arrivals.bring(absent)
-                answer = await self._having(work)
+                await self._bring(native.asker(token), absent)
+                answer = await self._having(native.asker(token), work)
             except Exception as exc:
                 answer = self._failed(exc, request, *details)
             native.reply(token, answer)
@@ -307,7 +315,7 @@ class Operations(pyfuse3.Operations):
                 with self.pager.images.with_clones(clones):
                     return self._share(source, source_offset, target, target_offset, length)
 
-            done = await self._having(work)
+            done = await self._having(native.asker(token), work)
         except Exception as exc:
             done = self._failed(exc, "copy_file_range", source_offset, target_offset, length)
         native.reply(token, done)
@@ -367,14 +375,14 @@ class Operations(pyfuse3.Operations):
     async def _zero_later(self, absent: Absent, zero: Callable[[], Iterator[None]], token: object) -> None:
         """Carry a FALLOCATE out when the pages are here of which it changes a part."""
         try:
-            await self.arrivals.bring(absent)
+            await self._bring(native.asker(token), absent)
             parts = zero()
             while True:
                 try:
                     next(parts, None)
                     break
                 except Absent as again:
-                    await self.arrivals.bring(again)
+                    await self._bring(native.asker(token), again)
                     parts = zero()
         except Exception as exc:
             native.reply(token, self._failed(exc, "fallocate"))
@@ -553,7 +561,9 @@ class Operations(pyfuse3.Operations):
             values["atime"] = attr.st_atime_ns
         size = attr.st_size if fields.update_size else None
         mtime = attr.st_mtime_ns if fields.update_mtime else None
-        node = await self._having(lambda: self.namespace.set_attributes(node.ino, size=size, mtime=mtime, **values))
+        node = await self._having(
+            ctx.pid, lambda: self.namespace.set_attributes(node.ino, size=size, mtime=mtime, **values)
+        )
         return self._attributes(node)
 
     # -- names

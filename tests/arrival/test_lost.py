@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -59,3 +67,73 @@ def test_a_crowd_that_waits_holds_up_nobody_else(mounted: Mount, served: Path, t
         for touch, page in zip(crowd, range(0, 2000, 10), strict=True):
             assert touch.end(10) == pattern(MIB * MB)[page * PAGE : (page + 1) * PAGE]
         wait_until_here(mounted)
+
+
+TOUCHES = {
+    "a mapped read": "m = mmap.mmap(fd, 0); print(m[5000])",
+    "a mapped read without read-ahead": "m = mmap.mmap(fd, 0); m.madvise(mmap.MADV_RANDOM); print(m[5000])",
+    "a mapped store": "m = mmap.mmap(fd, 0); m[5000] = 1",
+    "read": "os.pread(fd, 10, 5000)",
+    "a direct read": "m = mmap.mmap(-1, 4096); f = os.open(path, os.O_RDONLY | os.O_DIRECT); os.preadv(f, [m], 4096)",
+    "write": "os.pwrite(fd, b'x', 5000)",
+    "truncate": "os.truncate(path, 5000)",
+    "fallocate": "os.posix_fallocate; subprocess.run(['fallocate', '-p', '-o', '5000', '-l', '100', path])",
+}
+
+
+class Toucher:
+    """A process that does something to a file which has to wait."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        code = f"import mmap, os, subprocess, sys; path = sys.argv[1]; fd = os.open(path, os.O_RDWR); {TOUCHES[what]}"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, path], stdout=subprocess.DEVNULL, start_new_session=True
+        )
+
+    def kill(self) -> float:
+        """Kill it and all that it has started; how long they took to die."""
+        began = time.monotonic()
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(10)
+        eventually(lambda: not _group(self.process.pid), "all are dead")
+        return time.monotonic() - began
+
+
+def _group(number: int) -> list[str]:
+    """The processes of a group that live."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(group) == number and state not in "ZX":
+                found.append(path.parent.name)
+    return found
+
+
+def test_who_waits_can_be_killed(mounted: Mount, served: Path, tmp_path: Path) -> None:
+    """And nobody else: signals that it handles do not disturb who waits."""
+    mounted.expect(LOST)
+    with nbdkit(tmp_path / "1", "file", f"dir={served}") as uri:
+        for number in range(len(TOUCHES) + 1):
+            pull(mounted, uri, f"vm{number}", like=False, paused=True)
+    handler = "import signal; signal.signal(signal.SIGUSR1, lambda *_: None); "
+    code = f"{handler}import mmap, os, sys; f = os.open(sys.argv[1], 0); m = mmap.mmap(f, 0, prot=1); m.madvise(1)"
+    path = mounted.path / f"vm{len(TOUCHES)}" / RAM
+    survivor = subprocess.Popen([sys.executable, "-c", f"{code}; sys.exit(m[5000] % 200)", path])
+    touchers = [Toucher(mounted.path / f"vm{number}" / RAM, what) for number, what in enumerate(TOUCHES)]
+    eventually(lambda: sum(each["state"] == "waiting" for each in pulls(mounted)) == len(TOUCHES) + 1, "all wait")
+    survivor.send_signal(signal.SIGUSR1)
+    time.sleep(0.3)
+    assert all(each.process.poll() is None for each in touchers)
+    for what, toucher in zip(TOUCHES, touchers, strict=True):
+        assert toucher.kill() < 1, what
+    survivor.send_signal(signal.SIGUSR1)
+    time.sleep(0.3)
+    assert survivor.poll() is None
+    with nbdkit(tmp_path / "2", "file", f"dir={served}") as uri:
+        for number in range(len(TOUCHES) + 1):
+            steer(mounted, f"vm{number}", uri=uri, paused=False)
+        assert survivor.wait(10) == pattern(MIB * MB)[5000] % 200
+        wait_until_here(mounted)
+    for number in range(len(TOUCHES)):
+        assert read(mounted.path / f"vm{number}" / RAM) == pattern(MIB * MB), "nothing was done for the dead"
