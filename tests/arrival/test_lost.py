@@ -11,14 +11,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from arrival.conftest import MB, nbdkit, pull, pulls, steer, wait_until_here
+from arrival.conftest import MB, control, nbdkit, pull, pulls, steer, wait_until_here
+from arrival.test_like import Server
 from arrival.test_verified import Touch, seal
 from harness import Mount
 from mount.posix import PAGE, eventually, opened, pattern, read
+from nbd.servers import make_authority, make_certificate
 
 RAM = "pc.ram@0x0"
 MIB = 8
@@ -137,3 +139,195 @@ def test_who_waits_can_be_killed(mounted: Mount, served: Path, tmp_path: Path) -
         wait_until_here(mounted)
     for number in range(len(TOUCHES)):
         assert read(mounted.path / f"vm{number}" / RAM) == pattern(MIB * MB), "nothing was done for the dead"
+
+
+def fetched(directory: Path, mounted: Mount, name: str) -> None:
+    """All is here, and right."""
+    wait_until_here(mounted)
+    assert read(mounted.path / name / RAM) == (directory / RAM).read_bytes()
+
+
+def test_a_server_that_is_killed_and_comes_back(mounted: Mount, served: Path, tmp_path: Path) -> None:
+    """What was fetched by then is not fetched again."""
+    mounted.expect(LOST)
+    place = tmp_path / "nbd"
+    with Server(served, place) as server:
+        pull(mounted, server.uri, rate=8 * MB)
+        eventually(lambda: pulls(mounted)[0]["here_bytes"] > MB, "some is here")
+    touch = Touch(mounted.path / "vm" / RAM, 2000)
+    eventually(lambda: pulls(mounted)[0]["attempts"] > 2, "it is tried again and again")
+    told = pulls(mounted)[0]
+    assert told["state"] == "waiting"
+    assert "cannot be reached" in told["error"]
+    assert 0 < time.time() - told["since"] < 20
+    assert 'ramfs_pulls{state="waiting"} 1' in (mounted.path / ".ramfs" / "metrics").read_text()
+    assert touch.waits
+    with Server(served, tmp_path / "later") as server:
+        place.unlink(missing_ok=True)
+        os.symlink("later", place)  # nobody else knows that it is back
+        assert touch.end(10) == pattern(MIB * MB)[2000 * PAGE : 2001 * PAGE]
+        steer(mounted, "vm", rate=0)
+        fetched(served, mounted, "vm")
+        assert sum(server.taken().values()) == MIB * MB - told["here_bytes"]
+
+
+def test_another_source(mounted: Mount, served: Path, tmp_path: Path) -> None:
+    """It needs not to be a server of the same kind, and one that has not all files is refused."""
+    mounted.expect(LOST)
+    (served / "state").write_bytes(pattern((MIB + 1) * MB, 4))  # larger, so it comes last
+    seal(served)
+    with nbdkit(tmp_path / "1", "file", f"dir={served}") as uri:
+        pull(mounted, uri, rate=8 * MB)
+        eventually(lambda: pulls(mounted)[0]["here_bytes"] > MB, "some is here")
+    touch = Touch(mounted.path / "vm" / RAM, 2000)
+    half = tmp_path / "half"
+    half.mkdir()
+    shutil.copy(served / RAM, half / RAM)
+    told = control(mounted, {"arrival": {"path": "vm", "uri": f"file:{half}"}})
+    assert "state" in told["error"]["message"]
+    other = shutil.copytree(served, tmp_path / "other")
+    os.truncate(other / RAM, MB)
+    told = control(mounted, {"arrival": {"path": "vm", "uri": f"file:{other}"}})
+    assert f"has {MB} bytes" in told["error"]["message"]
+    assert touch.waits
+    assert pulls(mounted)[0]["source"] == uri
+    before = pulls(mounted)[0]["here_bytes"]
+    fetched_before = pulls(mounted)[0]["fetched_bytes"]
+    steer(mounted, "vm", uri=f"file:{served}")
+    assert touch.end(2) == pattern(MIB * MB)[2000 * PAGE : 2001 * PAGE]
+    now = pulls(mounted)[0]
+    assert now["source"] == f"file:{served}"
+    assert now["fetched_bytes"] - fetched_before == now["here_bytes"] - before
+    steer(mounted, "vm", rate=0)
+    fetched(served, mounted, "vm")
+
+
+@contextlib.contextmanager
+def mute(path: Path) -> Iterator[str]:
+    """A server that takes connections and says nothing."""
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen(50)
+        yield f"nbd+unix:///?socket={path}"
+
+
+@pytest.mark.parametrize("how", ["never answered", "says nothing", "hangs"])
+def test_a_source_that_is_of_no_use(mounted: Mount, served: Path, tmp_path: Path, how: str) -> None:
+    """Another one is taken at once, whatever becomes of the first."""
+    mounted.expect(LOST + "|does not")
+    with nbdkit(tmp_path / "2", "file", f"dir={served}") as second, contextlib.ExitStack() as until:
+        with nbdkit(tmp_path / "1", "file", f"dir={served}") as first:
+            pull(mounted, first, paused=True)
+            if how == "never answered":
+                mounted.umount()
+            if how == "hangs":
+                os.kill(int((tmp_path / "1.pid").read_text()), signal.SIGSTOP)
+                touch = Touch(mounted.path / "vm" / RAM, 700)
+                time.sleep(0.3)
+                began = time.monotonic()
+                steer(mounted, "vm", uri=second)
+                assert touch.end(2) == pattern(MIB * MB)[700 * PAGE : 701 * PAGE]
+                assert time.monotonic() - began < 2
+        if how == "never answered":
+            mounted.start()
+        if how == "says nothing":
+            (tmp_path / "1").unlink(missing_ok=True)
+            until.enter_context(mute(tmp_path / "1"))
+        touch = Touch(mounted.path / "vm" / RAM, 900)
+        if how != "hangs":
+            time.sleep(0.5)
+            assert touch.waits
+            began = time.monotonic()
+            steer(mounted, "vm", uri=second)
+            assert time.monotonic() - began < 2
+        assert touch.end(2) == pattern(MIB * MB)[900 * PAGE : 901 * PAGE]
+        steer(mounted, "vm", paused=False)
+        fetched(served, mounted, "vm")
+
+
+def test_a_pull_from_a_mute_server_fails(mounted: Mount, tmp_path: Path) -> None:
+    """Or is given up by whoever asked for it."""
+    with mute(tmp_path / "1") as uri:
+        with (mounted.path / ".ramfs" / "control").open("r+b", buffering=0) as file:
+            file.write(b'{"pull": {"uri": "%s", "parent": "", "name": "vm"}}' % uri.encode())
+            time.sleep(0.2)
+        assert pull(mounted, f"file:{mounted.store / 'catalog.sqlite'}", "vm")["files"] == 1
+
+
+@pytest.mark.parametrize("how", ["vanish", "resize", "error"])
+def test_an_export_that_is_not_what_it_was(mounted: Mount, served: Path, tmp_path: Path, how: str) -> None:
+    mounted.expect(f"{LOST}|has no|bytes instead|cannot")
+    (served / "other").write_bytes(pattern(PAGE, 2))
+    seal(served)
+    with nbdkit(tmp_path / "1", "file", f"dir={served}") as uri:
+        pull(mounted, uri, paused=True)
+    if how == "vanish":
+        (served / RAM).rename(served / "aside")
+    elif how == "resize":
+        os.truncate(served / RAM, MB)
+    words = ["--filter=error", "error-rate=100%", "error=EIO"] if how == "error" else []
+    with nbdkit(tmp_path / "1", *words[:1], "file", f"dir={served}", *words[1:]):
+        touch = Touch(mounted.path / "vm" / RAM, 5)
+        message = {"vanish": "No such file|has no|does not|not", "resize": f"has {MB} bytes", "error": ""}[how]
+        eventually(lambda: pulls(mounted)[0]["error"], "the state is told")
+        time.sleep(0.3)
+        assert any(word in pulls(mounted)[0]["error"] for word in message.split("|"))
+        assert touch.waits
+        if how == "vanish":
+            (served / "aside").rename(served / RAM)
+        elif how == "resize":
+            (served / RAM).write_bytes(pattern(MIB * MB))
+        if how != "error":
+            assert touch.end(10) == pattern(MIB * MB)[5 * PAGE : 6 * PAGE], "it goes on by itself"
+    with nbdkit(tmp_path / "1", "file", f"dir={served}"):
+        assert touch.end(10) == pattern(MIB * MB)[5 * PAGE : 6 * PAGE]
+        steer(mounted, "vm", paused=False)
+        fetched(served, mounted, "vm")
+
+
+def test_who_prefers_an_error_gets_it(mounted: Mount, served: Path, tmp_path: Path) -> None:
+    mounted.expect(LOST + "|given up")
+    with nbdkit(tmp_path / "1", "file", f"dir={served}") as uri:
+        pull(mounted, uri, paused=True, wait=1)
+    began = time.monotonic()
+    touch = Touch(mounted.path / "vm" / RAM, 5)
+    touch.thread.join(10)
+    assert touch.error == errno.EIO
+    assert 0.9 < time.monotonic() - began < 3
+    began = time.monotonic()
+    touch = Touch(mounted.path / "vm" / RAM, 5)
+    touch.thread.join(10)
+    assert touch.error == errno.EIO
+    assert time.monotonic() - began < 0.5, "it is lost already"
+    with nbdkit(tmp_path / "1", "file", f"dir={served}"):
+
+        def is_back() -> bool:
+            touch = Touch(mounted.path / "vm" / RAM, 5)
+            touch.thread.join(10)
+            return not touch.error
+
+        eventually(is_back, "the source is back")
+        assert read(mounted.path / "vm" / RAM, 5 * PAGE, PAGE) == pattern(MIB * MB)[5 * PAGE : 6 * PAGE]
+        steer(mounted, "vm", paused=False)
+        fetched(served, mounted, "vm")
+
+
+def test_tls_expired_meanwhile(mounted: Mount, served: Path, tmp_path: Path) -> None:
+    mounted.expect(f"{LOST}|certificate")
+    make_authority(tmp_path)
+    make_certificate(tmp_path, "server", "DNS:localhost,IP:127.0.0.1")
+    words = ["--tls=require", f"--tls-certificates={tmp_path}", "file", f"dir={served}"]
+    place = tmp_path / "nbd"
+    uri = f"nbds+unix:///?socket={place}&tls-certificates={tmp_path}&tls-hostname=localhost"
+    with nbdkit(place, *words):
+        pull(mounted, uri, paused=True)
+    make_certificate(tmp_path, "server", "DNS:localhost,IP:127.0.0.1", expired=True)
+    with nbdkit(place, *words):
+        touch = Touch(mounted.path / "vm" / RAM, 5)
+        eventually(lambda: "certificate" in pulls(mounted)[0]["error"], "the state is told")
+        assert touch.waits
+    make_certificate(tmp_path, "server", "DNS:localhost,IP:127.0.0.1")
+    with nbdkit(place, *words):
+        assert touch.end(10) == pattern(MIB * MB)[5 * PAGE : 6 * PAGE]
+        steer(mounted, "vm", paused=False)
+        fetched(served, mounted, "vm")
