@@ -202,6 +202,25 @@ def test_files_of_other_lengths(mounted: Mount, server: Server) -> None:
         assert read(mounted.path / name / RAM) == data
 
 
+def test_what_a_crash_left_behind_the_end_is_not_taken(mounted: Mount, server: Server) -> None:
+    """The last page of a shorter file looks the same, but for what nobody is to see."""
+    data = bytearray((server.directory / RAM).read_bytes())
+    data[5 * PAGE + 700 : 6 * PAGE] = bytes(PAGE - 700)
+    (server.directory / RAM).write_bytes(data)
+    seal(server.directory)
+    (mounted.path / "short").mkdir()
+    (mounted.path / "short" / RAM).write_bytes(data[: 5 * PAGE + 700])
+    mounted.umount()
+    (layer,) = (mounted.store / "layers").glob("*.ram")
+    with layer.open("r+b") as file:
+        file.seek(5 * PAGE + 700)
+        file.write(b"left behind")
+    mounted.start()
+    assert pull(mounted, server.uri, "vm", like="short")["taken_bytes"] == 5 * PAGE
+    wait_until_here(mounted)
+    assert read(mounted.path / "vm" / RAM) == data
+
+
 def test_from_what_is_still_arriving(mounted: Mount, server: Server) -> None:
     """What is here by now is taken. What is not is fetched: the first source may never come back."""
     data = (server.directory / RAM).read_bytes()
