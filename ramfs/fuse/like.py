@@ -111,6 +111,7 @@ def newest_like(space: Namespace, parent: bytes, name: bytes, caller: Caller) ->
     ``vm1``, ``vm1.old``, ``vm1.1``.
     """
     stem = name.partition(b".")[0]
+    above = [part for part in parent.split(b"/") if part not in (b"", b".")]
     best: tuple[int, bytes] | None = None
     directory = space.walk(parent, caller)
     try:
@@ -120,7 +121,7 @@ def newest_like(space: Namespace, parent: bytes, name: bytes, caller: Caller) ->
     for each in entries:
         if each.partition(b".")[0] != stem or each == name:
             continue
-        path = b"/".join(filter(None, (parent, each)))
+        path = b"/".join((*above, each))
         try:
             inode = space.walk(path, caller)
         except FileError:

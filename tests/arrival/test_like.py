@@ -137,6 +137,7 @@ def test_the_newest_generation_of_the_name(mounted: Mount, server: Server) -> No
     (root / "vm.1" / ".snap" / "a").mkdir()
     (root / "vm.1" / ".snap" / "b").mkdir()
     assert like("vm") == "vm.1/.snap/b"
+    assert like("vm", parent=".") == "vm.1/.snap/b"
     assert like("vm", like=False) is None
     assert like("vm", like="other") == "other"
     assert like("vm", like="vm.1") == "vm.1/.snap/b"
