@@ -33,6 +33,8 @@ _MOST: Final = 16
 _LEAD: Final = 0.05
 #: Seconds after which it is looked anew who names pages of the layer.
 _LOOK_AGAIN: Final = 0.1
+#: ... and of a paused stream, whether something is left to wait for: all may have been touched.
+_PAUSED: Final = 1.0
 
 
 class Throttle:
@@ -126,6 +128,11 @@ class Stream:
             piece = self._touched() or await self._next()
             if piece is None:
                 return
+            while self._throttle.paused and self._lacking(*piece):
+                with trio.move_on_after(_PAUSED):
+                    await self._throttle.go.wait()
+            if not self._lacking(*piece):
+                continue
             await self._throttle.wait((piece[1] - piece[0]) << PAGE_SHIFT)
             await self._arrival.calm()
             for run in self._lacking(*piece):  # some may have come meanwhile, or be wanted no more
