@@ -46,8 +46,8 @@ STANDBY_AFTER, STANDBY_SOON, STANDBY_AGAIN = 3.0, 0.2, 60.0
 WARM_TIMEOUT, YIELD_TIMEOUT = 60.0, 3.0
 #: Seconds that a killed daemon may take to be gone.
 ABORT_TIMEOUT: Final = 5
-#: The niceness of whoever guests wait for: this process, and a daemon until it serves.
-URGENT: Final = -10
+#: The niceness of whoever guests wait for: this process, and a daemon until it has caught up.
+URGENT: Final = -20
 #: Exit status after an abort: nobody should start another by himself. (That of ramfs.errors.MountError.)
 ABORTED: Final = 8
 #: The name of the command socket in the store.
@@ -281,6 +281,8 @@ class Supervisor:
             self.start()
         if self.standby_at is not None and now >= self.standby_at:
             self.standby_at = None
+            if self.serving is not None:
+                set_niceness(self.serving.pid, self.niceness)
             if self.standby is None and self.successor is None and not self.stopping:
                 try:
                     self.standby = self.spawn(self.command)
@@ -378,7 +380,6 @@ class Supervisor:
     def became_ready(self, child: Child, version: str) -> None:
         """A daemon serves."""
         child.ready, child.version = True, version
-        set_niceness(child.pid, self.niceness)
         self.established, self.ledger, self.fallback = True, child.ledger, None
         child.close_words()
         if self.listener is None:
