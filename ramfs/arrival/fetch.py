@@ -325,6 +325,8 @@ class Arrival:
             return  # deleted meanwhile
         self.pager.images.unsynced.add(number)
         kept = nonzero_pages(data)
+        if not self.pager.store.reserve.spares(len(data)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         file = layers.file(self.layer)
         for a, b in runs_of(kept):
             file.write((first + a) << PAGE_SHIFT, data[a << PAGE_SHIFT : b << PAGE_SHIFT])

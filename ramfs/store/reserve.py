@@ -37,6 +37,13 @@ class Reserve:
                 if free < size:
                     self.release()
 
+    def spares(self, length: int) -> bool:
+        """May ``length`` bytes be stored that can wait? Not while they would take what was given up for others."""
+        if self._held:
+            return True
+        free, size = self._space()
+        return free >= size + length
+
     def release(self) -> None:
         """Give the reserve up."""
         self._held = False

@@ -7,9 +7,11 @@ import mmap
 import os
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from arrival.conftest import pull, pulls, wait_until_here
 from fault.conftest import fsck, needs_root
 from harness import Mount, MountFailed
 from mount.posix import PAGE, errno_of, eventually, fails, opened, pattern, read, status
@@ -162,3 +164,27 @@ def test_another_daemon_takes_over_a_full_store(small: Path, make_mount: Callabl
     assert all(read(mount.path / "dir" / f"f{number}") == pattern(PAGE, number + 1) for number in range(20))
     mount.umount()
     fsck(mount.store)
+
+
+def test_what_arrives_waits_for_room(small: Path, shm: Path, make_mount: Callable[..., Mount]) -> None:
+    """A guest that touches it stalls, and nothing that was acknowledged is lost."""
+    mount = mount_small(make_mount, small)
+    data = pattern(17 * MB, 3)
+    (shm / "ram").write_bytes(data)
+    done = fill(mount.path / "big")
+    (mount.path / "big").unlink()
+    eventually(lambda: os.statvfs(mount.path).f_bavail * PAGE > 8 * MB, "the space is free again", timeout=60)
+    (mount.path / "held").write_bytes(done[: 8 * MB])
+    mount.expect("the store is full")
+    pull(mount, f"file:{shm / 'ram'}")
+    eventually(lambda: pulls(mount)[0]["state"] == "waiting", "it says that it waits")
+    assert "full" in pulls(mount)[0]["error"]
+    with ThreadPoolExecutor(1) as pool:
+        reader = pool.submit(read, mount.path / "vm" / "ram", 16 * MB, MB)
+        assert read(mount.path / "held") == done[: 8 * MB]
+        mount.kill_daemon()
+        assert read(mount.path / "held") == done[: 8 * MB]
+        (mount.path / "held").unlink()
+        wait_until_here(mount)
+        assert reader.result() == data[16 * MB :]
+    assert read(mount.path / "vm" / "ram") == data
