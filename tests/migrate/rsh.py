@@ -28,6 +28,7 @@ def call(address: str, port: int, words: list[str]) -> None:
     connection = socket.create_connection((address, port), timeout=5)
     connection.settimeout(None)
     breaks = os.environ.get("RSH_BREAKS")
+    broken = threading.Event()
     connection.sendall(json.dumps(words).encode() + b"\n")
 
     def forward() -> None:
@@ -35,13 +36,15 @@ def call(address: str, port: int, words: list[str]) -> None:
             told = b'"do": "go"' in data
             if told and breaks == "before":
                 os._exit(1)
-            connection.sendall(data)
             if told and breaks == "after":
+                broken.set()  # before it can be answered
+            connection.sendall(data)
+            if broken.is_set():
                 os._exit(1)
         connection.shutdown(socket.SHUT_WR)
 
     threading.Thread(target=forward, daemon=True).start()
-    while data := connection.recv(1 << 16):
+    while (data := connection.recv(1 << 16)) and not broken.is_set():
         os.write(1, data)
 
 
