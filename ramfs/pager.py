@@ -766,7 +766,7 @@ class Pager:
             return False
         while True:
             sharings = images.sharings
-            names = {each.id: each.shift for each in self.layers.by_id.values() if each.base == layer.id}
+            names = self.layers.names_of(layer)
             for number in images.naming(names):
                 if not await self._unname_zeros(number, names, presence):
                     return False

@@ -1,6 +1,6 @@
 """Absent pages are brought from their source, each once.
 
-    a page that is     touched (bring)                            streamed (fill)
+    a page that is     touched (bring)                            streamed (fetch)
     here               nothing to do                              nothing to do
     absent             a fetch of its own, which overtakes        a fetch, when nobody waits for one
     on its way         waits for that fetch                       nothing to do
@@ -62,7 +62,7 @@ class Counts:
     """What arrived. Bytes are of whole pages."""
 
     fetched_bytes: int = 0
-    """read from the source"""
+    """read from the source, and stored"""
     demand_faults: int = 0
     """times that somebody waited for absent pages"""
     demand_seconds: float = 0.0
@@ -73,8 +73,13 @@ class Counts:
 
 @dataclass(slots=True, eq=False)
 class _Flight:
+    """Pages on their way."""
+
     first: int
     stop: int
+    buffer: mmap.mmap
+    view: memoryview
+    """the part of the buffer that the source is to fill"""
     landed: trio.Event = field(default_factory=trio.Event)
 
 
@@ -111,7 +116,8 @@ class Arrival:
         self._most = max(PAGE, min(LARGEST, source.maximum)) >> PAGE_SHIFT
 
     @property
-    def _is_arriving(self) -> bool:
+    def is_arriving(self) -> bool:
+        """Is something of it still to come, for all that is known? Not when it was deleted."""
         return self.layer.id in self.pager.layers.arriving
 
     # -- what is to be fetched
@@ -134,18 +140,19 @@ class Arrival:
         piece = self._with_neighbours(first, stop, low, high)
         if piece is None:
             return partial(self.bring, first, stop)
-        flight, buffer, view = self._take_off(*piece)
+        flight = self._take_off(*piece)
         began = trio.current_time()
         patience = 0.0 if self._missed >= _MISSES and self._missed % _TRY_AGAIN else _GLANCE
-        rest = read_soon(self.source, flight.first << PAGE_SHIFT, view, patience)
+        rest = read_soon(self.source, flight.first << PAGE_SHIFT, flight.view, patience)
         self._missed = 0 if rest is None else self._missed + 1
+        if rest is None:
+            try:
+                self._write(flight)
+            except OSError:  # a full store: that may be a longer wait
+                rest = _nothing
         if rest is not None:
-            return partial(self._finish, rest, flight, buffer, view, (began, first, stop))
-        try:
-            self._write(flight.first, self._padded(flight, buffer, view))
-        except OSError:  # a full store: that may be a longer wait
-            return partial(self._finish, _nothing, flight, buffer, view, (began, first, stop))
-        self._arrived(flight, buffer)
+            return partial(self._finish, rest, flight, began, first, stop)
+        self._arrived(flight)
         self._count(trio.current_time() - began, stop)
         self._adapt(flight, began)
         return None
@@ -162,6 +169,12 @@ class Arrival:
             low, high = first, stop
         return None if self._is_loose(low, high) else (low, high)
 
+    def _is_loose(self, first: int, stop: int) -> bool:
+        """Is it a range that the source does not give as it is?"""
+        end = min(stop << PAGE_SHIFT, self.source.size)
+        align = self.source.alignment - 1
+        return bool((first << PAGE_SHIFT) & align or (end & align and end != self.source.size))
+
     def _adapt(self, flight: _Flight, began: float) -> None:
         """Reach as far around what is touched as takes no more time than a few pages alone would."""
         took = trio.current_time() - began
@@ -171,20 +184,17 @@ class Arrival:
         elif flight.stop - flight.first > self.reach // 2:
             self.reach = min(self._most, self.reach * 2)
 
-    async def _finish(
-        self, rest: Rest, flight: _Flight, buffer: mmap.mmap, view: memoryview, wanted: tuple[float, int, int]
-    ) -> None:
+    async def _finish(self, rest: Rest, flight: _Flight, began: float, first: int, stop: int) -> None:
         """What is left of a fetch that was begun by :meth:`bring_soon`."""
-        began, first, stop = wanted
         with self._waits(began, stop):
             try:
                 await rest()
-                await self._store(flight.first, self._padded(flight, buffer, view))
+                await self._store(flight)
             except SourceError as exc:
-                if self._is_arriving and not of_one_read(exc):
+                if self.is_arriving and not of_one_read(exc):
                     raise
             finally:
-                self._arrived(flight, buffer)
+                self._arrived(flight)
         self._adapt(flight, began)
         await self.bring(first, stop)  # they may be more than one fetch, or it could not be answered
 
@@ -193,7 +203,7 @@ class Arrival:
         if self.presence.here(first, stop):
             return
         with self._waits(trio.current_time(), stop):
-            while self._is_arriving and not self.presence.here(first, stop):
+            while self.is_arriving and not self.presence.here(first, stop):
                 pieces = self.pieces(self.unasked(first, stop))
                 if len(pieces) == 1:
                     await self.fetch(*pieces[0], urgent=True)
@@ -232,12 +242,6 @@ class Arrival:
         counts.slowest = max(counts.slowest, took)
         self.touched.append(stop)
 
-    def _is_loose(self, first: int, stop: int) -> bool:
-        """Is it a range that the source does not give as it is?"""
-        end = min(stop << PAGE_SHIFT, self.source.size)
-        align = self.source.alignment - 1
-        return bool((first << PAGE_SHIFT) & align or (end & align and end != self.source.size))
-
     async def fetch(self, first: int, stop: int, *, urgent: bool = False) -> SourceError | None:
         """Fetch what of some pages is absent and not on its way.
 
@@ -245,69 +249,59 @@ class Arrival:
         Raises SourceError, OSError.
         """
         error = None
-        while self._is_arriving and (runs := self.unasked(first, stop)):
+        while self.is_arriving and (runs := self.unasked(first, stop)):
             error = await self._fetch(*runs[0], urgent) or error
             first = runs[0][1]
         return error
 
     async def _fetch(self, first: int, stop: int, urgent: bool) -> SourceError | None:
-        error = await self._carry(*self._take_off(first, stop), urgent, patient=urgent and stop - first == 1)
+        error = await self._carry(self._take_off(first, stop), urgent, patient=urgent and stop - first == 1)
         if error is None or stop - first == 1:
             return error
         errors: list[SourceError] = []
 
-        async def carry(flight: _Flight, buffer: mmap.mmap, view: memoryview) -> None:
-            error = await self._carry(flight, buffer, view, urgent, patient=urgent)
+        async def carry(flight: _Flight) -> None:
+            error = await self._carry(flight, urgent, patient=urgent)
             if error is not None:
                 errors.append(error)
 
-        await together([partial(carry, *self._take_off(page, page + 1)) for page in range(first, stop)])
+        await together([partial(carry, self._take_off(page, page + 1)) for page in range(first, stop)])
         return errors[0] if errors else None
 
-    async def _carry(
-        self, flight: _Flight, buffer: mmap.mmap, view: memoryview, urgent: bool, patient: bool
-    ) -> SourceError | None:
+    async def _carry(self, flight: _Flight, urgent: bool, patient: bool) -> SourceError | None:
         """Bring the pages of a flight. Returns an error of that read alone, unless it is to be ``patient``."""
         try:
             if patient:
-                await self.source.read_into(flight.first << PAGE_SHIFT, view, urgent=urgent)
-            elif error := await self.source.attempt(flight.first << PAGE_SHIFT, view, urgent=urgent):
+                await self.source.read_into(flight.first << PAGE_SHIFT, flight.view, urgent=urgent)
+            elif error := await self.source.attempt(flight.first << PAGE_SHIFT, flight.view, urgent=urgent):
                 return error
-            await self._store(flight.first, self._padded(flight, buffer, view))
+            await self._store(flight)
             return None
         finally:
-            self._arrived(flight, buffer)
+            self._arrived(flight)
 
-    def _take_off(self, first: int, stop: int) -> tuple[_Flight, mmap.mmap, memoryview]:
-        """Note that pages are on their way; a buffer for them, and the part of it that the source is to fill."""
-        flight = _Flight(first, stop)
-        self._flights.append(flight)
-        self._asked[first:stop] = True
+    def _take_off(self, first: int, stop: int) -> _Flight:
+        """Note that pages are on their way, into a buffer."""
         buffer = self._buffers.pop() if self._buffers else mmap.mmap(-1, LARGEST)
         length = min(stop << PAGE_SHIFT, self.source.size) - (first << PAGE_SHIFT)
-        return flight, buffer, memoryview(buffer)[:length]
+        flight = _Flight(first, stop, buffer, memoryview(buffer)[:length])
+        self._flights.append(flight)
+        self._asked[first:stop] = True
+        return flight
 
-    def _padded(self, flight: _Flight, buffer: mmap.mmap, view: memoryview) -> memoryview:
-        """What came, as whole pages."""
-        whole = (flight.stop - flight.first) << PAGE_SHIFT
-        if len(view) < whole:
-            buffer[len(view) : whole] = bytes(whole - len(view))
-        self.counts.fetched_bytes += whole
-        return memoryview(buffer)[:whole]
-
-    def _arrived(self, flight: _Flight, buffer: mmap.mmap) -> None:
+    def _arrived(self, flight: _Flight) -> None:
         """They are not on their way any more, whether they came or not."""
         if len(self._buffers) < _BUFFERS:
-            self._buffers.append(buffer)
+            self._buffers.append(flight.buffer)
         self._asked[flight.first : flight.stop] = False
         self._flights.remove(flight)
         flight.landed.set()
 
-    async def _store(self, first: int, data: memoryview) -> None:
-        """Put pages into the layer's file, and let them be here. Waits for room in the store."""
+    async def _store(self, flight: _Flight) -> None:
+        """Put what came into the layer's file, and let it be here. Waits for room in the store."""
         while True:
             try:
-                self._write(first, data)
+                self._write(flight)
             except OSError as exc:
                 if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
@@ -319,18 +313,22 @@ class Arrival:
                 self.trouble = ""
                 return
 
-    def _write(self, first: int, data: memoryview) -> None:
-        layers, number = self.pager.layers, self.layer.id
-        if not self._is_arriving:
+    def _write(self, flight: _Flight) -> None:
+        if not self.is_arriving:
             return  # deleted meanwhile
-        self.pager.images.unsynced.add(number)
+        first, came, whole = flight.first, len(flight.view), (flight.stop - flight.first) << PAGE_SHIFT
+        if came < whole:  # the last page of a file
+            flight.buffer[came:whole] = bytes(whole - came)
+        data = memoryview(flight.buffer)[:whole]
+        self.pager.images.unsynced.add(self.layer.id)
         kept = nonzero_pages(data)
-        if not self.pager.store.reserve.spares(len(data)):
+        if not self.pager.store.reserve.spares(whole):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        file = layers.file(self.layer)
+        file = self.pager.layers.file(self.layer)
         for a, b in runs_of(kept):
             file.write((first + a) << PAGE_SHIFT, data[a << PAGE_SHIFT : b << PAGE_SHIFT])
         self.presence.set(first, np.where(kept, np.uint8(STORED), np.uint8(ZEROS)))
+        self.counts.fetched_bytes += whole
 
     def note_zeros(self, first: int, stop: int) -> None:
         """The source says that pages are only zeros: those that are absent need not be fetched. Raises OSError."""
@@ -367,19 +365,22 @@ class Arrivals:
     def __init__(self, pager: Pager) -> None:
         self._pager = pager
         self._by_layer: dict[LayerId, Arrival] = {}
-        self._more = trio.Event()
+        self._changed = trio.Event()
 
     def add(self, arrival: Arrival) -> None:
         """From now on its pages can be brought."""
         self._by_layer[arrival.layer.id] = arrival
-        self._more.set()
-        self._more = trio.Event()
+        self._wake()
 
     def discard(self, layer: LayerId) -> None:
         """Nothing more is to be brought of a layer: all is here, or it is gone."""
         self._by_layer.pop(layer, None)
-        self._more.set()
-        self._more = trio.Event()
+        self._wake()
+
+    def _wake(self) -> None:
+        """Whoever waits for an arrival looks again."""
+        self._changed.set()
+        self._changed = trio.Event()
 
     async def bring(self, absent: Absent) -> None:
         """Return when pages are here that were absent. Raises SourceError, OSError."""
@@ -389,10 +390,10 @@ class Arrivals:
                 try:
                     await arrival.bring(absent.first, absent.stop)
                 except SourceError:
-                    if absent.layer in self._pager.layers.arriving:
+                    if arrival.is_arriving:
                         raise
                 return
-            await self._more.wait()  # its source is just being opened
+            await self._changed.wait()  # its source is just being opened
 
     def bring_soon(self, image: Image, absent: list[Absent]) -> Rest | None:
         """As :meth:`bring_all`, for who reads the image; at once if that takes a moment only: then None."""

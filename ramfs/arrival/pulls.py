@@ -143,12 +143,12 @@ class Pull:
 
         All that waits is tried again at once. After an error all is as before.
         """
-        catalog, arriving = self._pulls.pager.store.catalog, self._pulls.pager.layers.arriving
+        catalog = self._pulls.pager.store.catalog
         only = await self._only_name(uri) if len(self._sources) == 1 else None
         opened: list[tuple[RetrySource, Callable[[], Awaitable[PageSource]], PageSource]] = []
         try:
             for (name, source), arrival in zip(self._sources, self.arrivals, strict=True):
-                if arrival.layer.id in arriving:
+                if arrival.is_arriving:
                     factory = self._factory(arrival.layer, name if only is None else only, source.size, uri)
                     opened.append((source, factory, await source.open_other(factory)))
             with catalog.transaction():
@@ -215,7 +215,7 @@ class Pull:
     async def _run(self, arrival: Arrival) -> None:
         """Stream one file until nothing of it is lacking. Raises RamfsError, OSError, sqlite3.Error."""
         pager = self._pulls.pager
-        while arrival.layer.id in pager.layers.arriving:
+        while arrival.is_arriving:
             with trio.CancelScope() as self._streaming:
                 await Stream(pager, arrival, self.throttle).run()
             await pager.complete(arrival.layer)
@@ -232,8 +232,7 @@ class Pull:
 
     def tidy(self) -> None:
         """Stop to stream what was deleted."""
-        arriving = self._pulls.pager.layers.arriving
-        if all(each.layer.id not in arriving for each in self.arrivals):
+        if not any(each.is_arriving for each in self.arrivals):
             self._streaming.cancel()
             self._wake()
 

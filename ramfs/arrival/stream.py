@@ -103,13 +103,9 @@ class Stream:
         finally:
             self._let_go()
 
-    @property
-    def _gone(self) -> bool:
-        return self._arrival.layer.id not in self._pager.layers.arriving
-
     async def _is_complete(self) -> bool:
         for first in range(0, self._end, _WINDOW):
-            if self._gone:
+            if not self._arrival.is_arriving:
                 return True
             # On its way counts as lacking: the fetch may fail.
             absent = self._arrival.presence.states[first : first + _WINDOW] == ABSENT
@@ -120,7 +116,7 @@ class Stream:
 
     async def _work(self, number: int) -> None:
         """One of several that fetch at the same time."""
-        while not self._gone:
+        while self._arrival.is_arriving:
             while number and number >= self._at_once():
                 if self._cursor >= self._end and not self._pieces:
                     return
@@ -211,9 +207,9 @@ class Stream:
 
     def _find_users(self) -> None:
         """Look which images may name pages of the layer. (A new one names none that no other names already.)"""
-        layers, images, base = self._pager.layers, self._pager.images, self._arrival.layer.id
+        images = self._pager.images
         self._let_go()
-        self._names = {layer.id: layer.shift for layer in layers.by_id.values() if layer.base == base}
+        self._names = self._pager.layers.names_of(self._arrival.layer)
         for number in images.naming(self._names):
             self._users.append(images.acquire(number))
         self._look_again = trio.current_time() + _LOOK_AGAIN

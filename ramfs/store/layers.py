@@ -212,10 +212,9 @@ class Layers:
             self._arrive(layer, Presence(self.path(layer.id, "here"), pages(row["size"])))
 
     def _arrive(self, layer: Layer, presence: Presence | None) -> None:
-        for each in self.by_id.values():
-            if each.base == layer.id:
-                each.presence = presence
-                (self.arriving.discard if presence is None else self.arriving.add)(each.id)
+        for number in self.names_of(layer):
+            self.by_id[number].presence = presence
+            (self.arriving.discard if presence is None else self.arriving.add)(number)
 
     def _add(self, layer: Layer) -> Layer:
         self.by_id[layer.id] = layer
@@ -232,6 +231,10 @@ class Layers:
             if layer == LOST:
                 raise StoreDamaged("the page was lost; `ramfs fsck` marked it so") from None
             raise StoreDamaged(f"a page table names layer {layer}, which does not exist; run `ramfs fsck`") from None
+
+    def names_of(self, layer: Layer) -> dict[LayerId, int]:
+        """What tables may call the pages of a layer's own file: the layer and its aliases, each with its shift."""
+        return {number: each.shift for number, each in self.by_id.items() if each.base == layer.id}
 
     def path(self, layer: LayerId, suffix: str = "ram") -> str:
         """Path of the layer's pages, or with ``suffix`` "xxh3" of its digests."""
@@ -297,8 +300,8 @@ class Layers:
 
     def forget_presence(self, layer: Layer, presence: Presence) -> None:
         """Let go of what told which pages are here, in the step after the commit of :meth:`complete`."""
-        for number, each in self.by_id.items():
-            if each.base == layer.id and number < len(self.places):
+        for number in self.names_of(layer):
+            if number < len(self.places):
                 self.places[number, HERE] = 0
         self.retired.append(presence)  # a read under way may have its address
         presence.close()
