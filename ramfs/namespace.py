@@ -8,6 +8,7 @@ the kernel has a lookup count on it; one without names lives on until that count
 names whose parent is that number.
 """
 
+import contextlib
 import errno
 import os
 import stat
@@ -245,18 +246,25 @@ class Namespace:
         ):
             yield row["cookie"], row["name"], row["ino"]
 
-    def walk(self, path: bytes, caller: Caller) -> Inode:
-        """The inode at a path below the root; no symlink is followed. Raises ENOENT, ENOTDIR, EACCES."""
+    @contextlib.contextmanager
+    def at(self, path: bytes, caller: Caller) -> Iterator[Inode]:
+        """The inode at a path below the root, for a block without an await; no symlink is followed.
+
+        Raises ENOENT, ENOTDIR, EACCES.
+        """
         inode = self.get(ROOT)
-        for name in path.split(b"/"):
-            if name:
-                if not inode.is_dir:
-                    raise FileError(errno.ENOTDIR)
-                if not may(inode, caller, 1):
-                    raise FileError(errno.EACCES)
-                above, inode = inode, self.lookup(inode.ino, name)
-                self.let_go(above)
-        return inode
+        try:
+            for name in path.split(b"/"):
+                if name:
+                    if not inode.is_dir:
+                        raise FileError(errno.ENOTDIR)
+                    if not may(inode, caller, 1):
+                        raise FileError(errno.EACCES)
+                    above, inode = inode, self.lookup(inode.ino, name)
+                    self.let_go(above)
+            yield inode
+        finally:
+            self.let_go(inode)
 
     # -- lookup counts
 

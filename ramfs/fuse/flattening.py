@@ -1,63 +1,47 @@
 """``ramfs flatten`` in the daemon: one frozen image after the other, told to whoever asked, until he goes.
 
-The work belongs to the open file ``.ramfs/control`` that asked for it: reading there tells how far it is, and
-closing it, in whatever way, ends it. What is flat by then stays so; of the file under way nothing is left.
+What is flat when somebody ends it stays so; of the file under way nothing is left.
 """
 
 import errno
 import json
-import logging
 import os
 import time
 from typing import Any, Final
 
-import trio
-
-from ramfs.errors import FileError, RamfsError
+from ramfs.errors import FileError
+from ramfs.fuse.jobs import Job
 from ramfs.pager import Pager
 from ramfs.store.flat import Flatten
 from ramfs.store.images import Image
 from ramfs.units import PAGE, ImageId
-
-log = logging.getLogger(__name__)
 
 #: Why a file is left as it is.
 _ZEROS: Final = "only zeros"
 _RAGGED: Final = f"its size is no multiple of {PAGE}"
 
 
-class Flattening:
-    """A list of frozen images on their way. ``text`` tells how far it is; docs/format.md names the fields."""
+class Flattening(Job):
+    """A list of frozen images on their way."""
 
     def __init__(self, pager: Pager, files: list[tuple[bytes, ImageId]]) -> None:
+        super().__init__(files=len(files), results=[])
         self._pager = pager
         self._files = files
         self._work: Flatten | None = None
-        self._scope = trio.CancelScope()
-        self._told: dict[str, Any] = {"files": len(files), "results": [], "finished": False, "error": None}
         self._done = 0
 
-    async def run(self) -> None:
-        """Flatten them all; errors are told, not raised."""
-        with self._scope:
-            try:
-                for path, number in self._files:
-                    self._told["results"].append({"path": os.fsdecode(path), **await self._flatten(number)})
-                    self._done += 1
-                    self._work = None
-            except FileError as exc:
-                self._fail(exc.errno, str(exc))
-            except RamfsError as exc:
-                self._fail(errno.EIO, str(exc))
-            except OSError as exc:
-                self._fail(exc.errno or errno.EIO, exc.strerror or str(exc))
-            except Exception:
-                log.exception("flattening failed")
-                self._fail(errno.EIO, os.strerror(errno.EIO))
-            self._told["finished"] = True
+    async def work(self) -> None:
+        """Flatten them all."""
+        for path, number in self._files:
+            self._told["results"].append({"path": os.fsdecode(path), **await self._flatten(number)})
+            self._done += 1
+            self._work = None
 
-    def _fail(self, number: int, text: str) -> None:
-        self._told["error"] = {"errno": number, "message": text, "path": os.fsdecode(self._files[self._done][0])}
+    def fail(self, number: int, text: str, exit_code: int = 1) -> None:
+        """Tell an error, and of which file it is."""
+        super().fail(number, text, exit_code)
+        self._told["error"]["path"] = os.fsdecode(self._files[self._done][0])
 
     async def _flatten(self, number: ImageId) -> dict[str, Any]:
         row = self._pager.store.catalog.row("SELECT id FROM images WHERE id = ?", number)
@@ -94,7 +78,3 @@ class Flattening:
             if self._work is not None:
                 told["done"], told["total"] = self._work.done, self._work.total
         return json.dumps(told).encode() + b"\n"
-
-    def cancel(self) -> None:
-        """End it; nothing is left of what is not complete."""
-        self._scope.cancel()

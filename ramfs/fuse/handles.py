@@ -2,24 +2,13 @@
 
 import errno
 from dataclasses import dataclass
-from typing import Protocol
 
 from ramfs.errors import FileError
+from ramfs.fuse.jobs import Job
 from ramfs.fuse.manifests import Text
 from ramfs.namespace import Inode
 from ramfs.store.images import Image
 from ramfs.units import HandleId, InodeNumber
-
-
-class Job(Protocol):
-    """What somebody asked for by writing to ``.ramfs/control``, and reads there how it goes."""
-
-    @property
-    def text(self) -> bytes:
-        """How far it is, as JSON."""
-
-    def cancel(self) -> None:
-        """Nobody is there any more to hear of it."""
 
 
 @dataclass(slots=True)

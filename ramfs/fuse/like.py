@@ -4,6 +4,7 @@ That is the newest snapshot of a directory, or failing that the directory itself
 nobody sees and that go when the pull is made. A page is taken from the file at the same path, at the same offset.
 """
 
+import contextlib
 import errno
 from typing import Final
 
@@ -56,11 +57,7 @@ class Likeness:
         """The contents of a local file, frozen; None if there is none that may be taken from."""
         if self.path is None:
             return None
-        try:
-            inode = self._space.walk(self.path + b"/" + path, self._caller)
-        except FileError:
-            return None
-        try:
+        with contextlib.suppress(FileError), self._space.at(self.path + b"/" + path, self._caller) as inode:
             image = inode.image
             if image is None or not may(inode, self._caller, 4):
                 return None
@@ -74,8 +71,7 @@ class Likeness:
                 self._copies.append(image)
             self._images.append(image)
             return image
-        finally:
-            self._space.let_go(inode)
+        return None
 
     def close(self) -> None:
         """Let go of all; the frozen copies go."""
@@ -94,14 +90,11 @@ def like_path(space: Namespace, path: bytes, caller: Caller) -> bytes:
 
     Raises FileError.
     """
-    inode = space.walk(path, caller)
-    try:
+    with space.at(path, caller) as inode:
         if not inode.is_dir or inode.is_snap:
             raise FileError(errno.ENOTDIR)
         newest = None if inode.frozen else _newest_snapshot(space, inode)
         return path if newest is None else b"/".join((path, SNAP, newest[1]))
-    finally:
-        space.let_go(inode)
 
 
 def newest_like(space: Namespace, parent: bytes, name: bytes, caller: Caller) -> bytes | None:
@@ -113,24 +106,17 @@ def newest_like(space: Namespace, parent: bytes, name: bytes, caller: Caller) ->
     stem = name.partition(b".")[0]
     above = [part for part in parent.split(b"/") if part not in (b"", b".")]
     best: tuple[int, bytes] | None = None
-    directory = space.walk(parent, caller)
-    try:
+    with space.at(parent, caller) as directory:
         entries = [each for _, each, _ in space.names(directory.ino)] if stem and may(directory, caller, 5) else []
-    finally:
-        space.let_go(directory)
     for each in entries:
         if each.partition(b".")[0] != stem or each == name:
             continue
         path = b"/".join((*above, each))
-        try:
-            inode = space.walk(path, caller)
-        except FileError:
-            continue
-        if inode.is_dir:
-            newest = _newest_snapshot(space, inode)
-            found = (inode.btime, path) if newest is None else (newest[0], b"/".join((path, SNAP, newest[1])))
-            best = found if best is None else max(best, found)
-        space.let_go(inode)
+        with contextlib.suppress(FileError), space.at(path, caller) as inode:
+            if inode.is_dir:
+                newest = _newest_snapshot(space, inode)
+                found = (inode.btime, path) if newest is None else (newest[0], b"/".join((path, SNAP, newest[1])))
+                best = found if best is None else max(best, found)
     return None if best is None else best[1]
 
 

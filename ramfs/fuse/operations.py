@@ -28,9 +28,10 @@ from ramfs.fuse.extension import kernel_resends, native, pyfuse3
 from ramfs.fuse.flattening import Flattening
 from ramfs.fuse.flush import Flusher
 from ramfs.fuse.handles import FileHandle, VirtualHandle
+from ramfs.fuse.jobs import Job
 from ramfs.fuse.manifests import Manifests, is_manifest
 from ramfs.fuse.passthrough import FOPEN_PASSTHROUGH, Passthrough
-from ramfs.fuse.pulling import Pulling, Request, Steering
+from ramfs.fuse.pulling import Pulling, Steering
 from ramfs.fuse.waiting import Waiting
 from ramfs.inspect.counters import Counters
 from ramfs.inspect.report import Observer, page_counts_text
@@ -928,19 +929,16 @@ class Operations(pyfuse3.Operations):
             raise FileError(errno.E2BIG)
         parsed = virtual.parse(command)
         caller = Caller(file.uid, file.gid, file.pid, lambda: set(pyfuse3.get_sup_groups(file.pid)))
-        if "flatten" in parsed:
-            self._flatten(file, virtual.path_to_flatten(parsed), caller)
-            return len(command)
-        if "pull" in parsed:
-            self._pull(file, virtual.parse_pull(parsed), caller)
-            return len(command)
-        if "arrival" in parsed:
-            self._steer(file, parsed, caller)
-            return len(command)
+        for name, make in (("flatten", self._flatten), ("pull", self._pull), ("arrival", self._steer)):
+            if name in parsed:
+                if file.job is not None:
+                    raise FileError(errno.EBUSY)
+                file.job = make(parsed, caller)
+                trio.lowlevel.spawn_system_task(file.job.run)
+                return len(command)
         clone = virtual.parse_clone(parsed)
-        top = self.namespace.walk(clone[0], caller)
-        direct = [] if self._done_before() else self.namespace.direct_below(top)
-        self.namespace.let_go(top)
+        with self.namespace.at(clone[0], caller) as top:
+            direct = [] if self._done_before() else self.namespace.direct_below(top)
         if direct:
             details = REQUEST.get(), direct, clone, caller, len(command)
             trio.lowlevel.spawn_system_task(self._clone_later, native.later(), *details)
@@ -964,52 +962,37 @@ class Operations(pyfuse3.Operations):
 
     def _clone(self, source: bytes, parent: bytes, name: bytes, caller: Caller) -> None:
         space = self.namespace
-        directory = space.walk(parent, caller)
-        if not self._done_before():
-            self._check_parent(directory.ino, name)
-            top = space.walk(source, caller)
-            space.let_go(space.clone(top, directory.ino, name, caller))
-            space.let_go(top)
-        space.let_go(directory)
+        with space.at(parent, caller) as directory:
+            if not self._done_before():
+                self._check_parent(directory.ino, name)
+                with space.at(source, caller) as top:
+                    space.let_go(space.clone(top, directory.ino, name, caller))
         # The kernel did not see that: it would show the old link count and mtime for minutes.
         with contextlib.suppress(OSError):  # it may have forgotten the directory
             pyfuse3.invalidate_inode(directory.ino, attr_only=True)
         self.counters.clones += 1
 
-    def _flatten(self, file: VirtualHandle, path: bytes, caller: Caller) -> None:
-        """Begin to flatten the frozen files at a path; it goes on while the handle is open."""
-        if file.job is not None:
-            raise FileError(errno.EBUSY)
-        top = self.namespace.walk(path, caller)
-        files = list(self.namespace.frozen_below(top))
-        self.namespace.let_go(top)
+    def _flatten(self, command: dict[str, Any], caller: Caller) -> Job:
+        """Flattens the frozen files at a path."""
+        with self.namespace.at(virtual.path_to_flatten(command), caller) as top:
+            files = list(self.namespace.frozen_below(top))
         if not files:
             raise FileError(errno.EINVAL)
-        file.job = job = Flattening(self.pager, files)
-        trio.lowlevel.spawn_system_task(job.run)
+        return Flattening(self.pager, files)
 
-    def _pull(self, file: VirtualHandle, request: Request, caller: Caller) -> None:
-        """Begin to make a directory whose pages come from elsewhere."""
-        if file.job is not None:
-            raise FileError(errno.EBUSY)
-        directory = self.namespace.walk(request.parent, caller)
-        try:  # before anybody is asked for anything
+    def _pull(self, command: dict[str, Any], caller: Caller) -> Job:
+        """Makes a directory whose pages come from elsewhere."""
+        request = virtual.parse_pull(command)
+        with self.namespace.at(request.parent, caller) as directory:  # before anybody is asked for anything
             self.namespace.check_plant(self._check_parent(directory.ino, request.name), request.name, caller)
-        finally:
-            self.namespace.let_go(directory)
-        file.job = job = Pulling(self.pulls, self.namespace, request, caller)
-        trio.lowlevel.spawn_system_task(job.run)
+        return Pulling(self.pulls, self.namespace, request, caller)
 
-    def _steer(self, file: VirtualHandle, command: dict[str, Any], caller: Caller) -> None:
-        """Change what arrives below a path: its source, whether and how fast it streams."""
-        if file.job is not None:
-            raise FileError(errno.EBUSY)
+    def _steer(self, command: dict[str, Any], caller: Caller) -> Job:
+        """Changes what arrives below a path: its source, whether and how fast it streams."""
         path, change = virtual.parse_arrival(command)
-        top = self.namespace.walk(path, caller)
-        pulls = self.pulls.of_images(self.namespace.images_below(top))
-        self.namespace.let_go(top)
-        file.job = job = Steering(pulls, change)
-        trio.lowlevel.spawn_system_task(job.run)
+        with self.namespace.at(path, caller) as top:
+            pulls = self.pulls.of_images(self.namespace.images_below(top))
+        return Steering(pulls, change)
 
     def stacktrace(self) -> None:
         """Not offered: pyfuse3 would dump stacks on an xattr of the root."""

@@ -1,17 +1,15 @@
 """``ramfs pull`` in the daemon: connects, makes the directory, and leaves the rest to arrival/.
 
-As with flattening, the work belongs to the open file ``.ramfs/control`` that asked for it, and reading there tells how
-it went. Closing it before the directory is there ends it, and nothing is left; after that the pull goes on.
+When somebody ends it before the directory is there nothing is left; after that the pull goes on.
 """
 
 import contextlib
 import errno
 import functools
-import json
 import logging
 import os
 from dataclasses import replace
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import trio
@@ -19,8 +17,9 @@ import trio
 from ramfs.arrival.fetch import together
 from ramfs.arrival.known import new_path
 from ramfs.arrival.pulls import Incoming, Options, Pull, Pulls
-from ramfs.errors import FileError, RamfsError, SourceBroken, SourceLost, SourceRefused
+from ramfs.errors import FileError, SourceBroken, SourceLost, SourceRefused
 from ramfs.fuse.extension import pyfuse3
+from ramfs.fuse.jobs import Job
 from ramfs.fuse.like import Likeness, like_path, newest_like
 from ramfs.namespace import Caller, Namespace
 from ramfs.pager import Known
@@ -32,8 +31,6 @@ from ramfs.units import MAX_FILE_SIZE, MAX_NAME, PAGE_SHIFT
 
 log = logging.getLogger(__name__)
 
-#: Seconds that another source has to answer.
-_PATIENCE: Final = 30.0
 #: The file of an export that has no name, the default of many servers.
 UNNAMED: Final = "default"
 #: Files that a source is asked for at once.
@@ -61,38 +58,24 @@ class _Found(NamedTuple):
     file: File | None
 
 
-class Pulling:
-    """One directory on its way into being. ``text`` tells how far it is; docs/format.md names the fields."""
+class Pulling(Job):
+    """One directory on its way into being."""
 
     def __init__(self, pulls: Pulls, namespace: Namespace, request: Request, caller: Caller) -> None:
+        super().__init__()
         self._pulls = pulls
         self._namespace = namespace
         self._request = request
         self._caller = caller
-        self._scope = trio.CancelScope()
-        self._told: dict[str, Any] = {"finished": False, "error": None}
 
-    async def run(self) -> None:
-        """Do it; errors are told, not raised."""
-        with self._scope:
-            try:
-                directory = await self._pulls.opener(self._request.uri)
-                try:
-                    files = await self._look(directory)
-                finally:
-                    await directory.aclose()
-                await self._make(files)
-            except RamfsError as exc:
-                self._fail(exc.errno, str(exc), exc.exit_code)
-            except OSError as exc:
-                self._fail(exc.errno or errno.EIO, exc.strerror or str(exc), 1)
-            except Exception:
-                log.exception("pull failed")
-                self._fail(errno.EIO, os.strerror(errno.EIO), 1)
-            self._told["finished"] = True
-
-    def _fail(self, number: int, text: str, exit_code: int) -> None:
-        self._told["error"] = _error(number, text, exit_code)
+    async def work(self) -> None:
+        """Make the directory."""
+        directory = await self._pulls.opener(self._request.uri)
+        try:
+            files = await self._look(directory)
+        finally:
+            await directory.aclose()
+        await self._make(files)
 
     async def _look(self, directory: SourceDirectory) -> dict[str, _Found]:
         """What there is, by the paths that it gets."""
@@ -157,17 +140,13 @@ class Pulling:
     def _plant(self, files: dict[str, _Found], known: dict[str, Known]) -> list[Image]:
         """Make directory and files, in one piece; returns the files' images, each in use once."""
         space, request = self._namespace, self._request
-        directory = space.walk(request.parent, self._caller)
-        try:
-            with space.catalog.transaction():
-                top, images = space.plant(directory.ino, request.name, self._caller, map(os.fsencode, files))
-                incoming = [
-                    Incoming(images[os.fsencode(path)], name, size, known.get(path))
-                    for path, (name, size, _) in files.items()
-                ]
-                pull = self._pulls.begin(top, request.uri, request.options, incoming)
-        finally:
-            space.let_go(directory)
+        with space.at(request.parent, self._caller) as directory, space.catalog.transaction():
+            top, images = space.plant(directory.ino, request.name, self._caller, map(os.fsencode, files))
+            incoming = [
+                Incoming(images[os.fsencode(path)], name, size, known.get(path))
+                for path, (name, size, _) in files.items()
+            ]
+            pull = self._pulls.begin(top, request.uri, request.options, incoming)
         # The kernel did not see that: it would show the old link count and mtime for minutes.
         with contextlib.suppress(OSError):  # it may have forgotten the directory
             pyfuse3.invalidate_inode(directory.ino, attr_only=True)
@@ -185,15 +164,6 @@ class Pulling:
             "lost_bytes": lost << PAGE_SHIFT,
         }
         return list(images.values())
-
-    @property
-    def text(self) -> bytes:
-        """How far it is, as JSON."""
-        return json.dumps(self._told).encode() + b"\n"
-
-    def cancel(self) -> None:
-        """End it, unless the directory is there already."""
-        self._scope.cancel()
 
 
 async def _sizes(directory: SourceDirectory, names: dict[str, str]) -> dict[str, int]:
@@ -237,6 +207,10 @@ def _fit_path(path: str) -> bool:
     )
 
 
+#: Seconds that another source has to answer.
+_PATIENCE: Final = 30.0
+
+
 class Change(NamedTuple):
     """What is to be changed of pulls; None: that stays as it is."""
 
@@ -245,46 +219,25 @@ class Change(NamedTuple):
     paused: bool | None = None
 
 
-class Steering:
+class Steering(Job):
     """A change to the pulls that some files arrive from."""
 
     def __init__(self, pulls: list[Pull], change: Change) -> None:
+        super().__init__(pulls=len(pulls))
         self._pulls = pulls
         self._change = change
-        self._scope = trio.CancelScope()
-        self._told: dict[str, Any] = {"finished": False, "error": None, "pulls": len(pulls)}
 
-    async def run(self) -> None:
-        """Do it; errors are told, not raised."""
+    async def work(self) -> None:
+        """Change one after the other."""
         change = self._change
-        with self._scope:
-            try:
-                for pull in self._pulls:
-                    if change.uri is not None:
-                        with trio.fail_after(_PATIENCE):
-                            await pull.switch(change.uri)
-                    options = pull.options
-                    rate = options.rate if change.rate is None else change.rate
-                    paused = options.paused if change.paused is None else change.paused
-                    pull.set_options(replace(options, rate=rate, paused=paused))
-            except trio.TooSlowError:
-                self._told["error"] = _error(errno.ETIMEDOUT, f"{change.uri} does not answer", SourceLost.exit_code)
-            except RamfsError as exc:
-                self._told["error"] = _error(exc.errno, str(exc), exc.exit_code)
-            except Exception:
-                log.exception("changing a pull failed")
-                self._told["error"] = _error(errno.EIO, os.strerror(errno.EIO), 1)
-            self._told["finished"] = True
-
-    @property
-    def text(self) -> bytes:
-        """How far it is, as JSON."""
-        return json.dumps(self._told).encode() + b"\n"
-
-    def cancel(self) -> None:
-        """End it."""
-        self._scope.cancel()
-
-
-def _error(number: int, text: str, exit_code: int) -> dict[str, Any]:
-    return {"errno": number, "message": text, "exit": exit_code}
+        for pull in self._pulls:
+            if change.uri is not None:
+                with trio.move_on_after(_PATIENCE) as limit:
+                    await pull.switch(change.uri)
+                if limit.cancelled_caught:
+                    self.fail(errno.ETIMEDOUT, f"{change.uri} does not answer", SourceLost.exit_code)
+                    return
+            options = pull.options
+            rate = options.rate if change.rate is None else change.rate
+            paused = options.paused if change.paused is None else change.paused
+            pull.set_options(replace(options, rate=rate, paused=paused))

@@ -7,9 +7,8 @@
     {"pull": {"uri": URI, "parent": PATH, "name": NAME, "wait": SECONDS or null, "rate": BYTES, "paused": BOOLEAN}}
     {"arrival": {"path": PATH, and any of "uri", "rate", "paused"}}
 
-All but the first go on while the file is open, and reading the file tells how far they are (flattening.py,
-pulling.py). Paths are relative to the root of the mount; bytes that are not UTF-8 are surrogate escapes, as
-os.fsdecode makes them.
+All but the first go on while the file is open, and reading the file tells how far they are (jobs.py). Paths are
+relative to the root of the mount; bytes that are not UTF-8 are surrogate escapes, as os.fsdecode makes them.
 """
 
 import errno

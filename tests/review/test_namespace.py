@@ -112,7 +112,10 @@ def test_walking_and_looking_leave_nothing_in_memory(space: Namespace) -> None:
         space.let_go(inode)
     assert [path for path, _ in space.files_below(space.get_root())] == [b"a/b/c/file"]
     assert space.path_of(inner) == b"a/b/c"
-    space.let_go(space.walk(b"a/b/c", CALLER))
+    with space.at(b"a/b/c", CALLER):
+        pass
+    with pytest.raises(FileError), space.at(b"a/b/other/c", CALLER):
+        pass
     assert set(space.inodes) <= {ROOT, file.ino}
     file.opens.clear()
 
