@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -110,8 +111,8 @@ class Manager:
         if "FDSTORE" in facts:
             assert facts["FDPOLL"] == "0"
             assert facts["FDNAME"] not in self.kept
-            # Far from the numbers that they will have in the service.
-            self.kept[facts["FDNAME"]] = os.dup2(fds[0], 100 + len(self.kept), inheritable=False)
+            # Above the numbers that they will have in the service, and none that is taken.
+            self.kept[facts["FDNAME"]] = fcntl.fcntl(fds[0], fcntl.F_DUPFD_CLOEXEC, 100)
             os.close(fds[0])
         if "FDSTOREREMOVE" in facts:
             os.close(self.kept.pop(facts["FDNAME"]))
