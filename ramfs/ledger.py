@@ -18,6 +18,8 @@ the answer: then what the records say is taken back (``Held.by_request``).
 import mmap
 import os
 import struct
+import weakref
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -35,8 +37,8 @@ _AREA: Final = 1 << 30
 #: Bytes for requests that the kernel cannot be asked for again. Addresses too.
 _REQUESTS: Final = 288 << 20
 _RECORD: Final = struct.Struct("<IIQQQQ")
-#: A log that grew by so much is made anew.
-_GROWN: Final = 1 << 20
+#: A log that grew by so much is made anew: reading one takes 15 ms for each MiB, in which guests wait.
+_GROWN: Final = 1 << 18
 
 
 class Kind(IntEnum):
@@ -58,6 +60,11 @@ class Kind(IntEnum):
     """in directory b the temporary name in the payload leads to inode c"""
     UNALIAS = 8
     """the name in the payload is gone from directory b"""
+
+
+#: By number, and by name where it counts: an enumeration's own ways take longer than the rest of a record.
+_KINDS: Final = {int(kind): kind for kind in Kind}
+_LOOKUP, _FORGET, _OPEN, _CLOSE = Kind.LOOKUP, Kind.FORGET, Kind.OPEN, Kind.CLOSE
 
 
 class Record(NamedTuple):
@@ -83,6 +90,7 @@ class Ledger:
         """A new one, or that of a daemon before. Raises StoreVersion for one that this program cannot read."""
         fresh = fd is None
         self.fd = os.memfd_create("ramfs-ledger") if fd is None else fd
+        weakref.finalize(self, os.close, self.fd)  # with the mapping
         length = mmap.PAGESIZE + 2 * _AREA + _REQUESTS
         if fresh:
             os.ftruncate(self.fd, length)
@@ -119,12 +127,16 @@ class Ledger:
 
     def records(self) -> Iterator[Record]:
         """All records, the oldest first."""
+        memory, unpack, size = self._memory, _RECORD.unpack_from, _RECORD.size  # guests wait meanwhile
         at = self._start
         while at < self._end:
-            length, kind, *numbers = _RECORD.unpack_from(self._memory, at)
-            at += _RECORD.size
-            yield Record(Kind(kind), numbers[0], numbers[1], numbers[2], numbers[3], self._memory[at : at + length])
-            at += _padded(length)
+            length, kind, request, b, c, d = unpack(memory, at)
+            at += size
+            if length:
+                yield Record(_KINDS[kind], request, b, c, d, memory[at : at + length])
+                at += _padded(length)
+            else:
+                yield Record(_KINDS[kind], request, b, c, d)
 
     @property
     def has_grown(self) -> bool:
@@ -158,40 +170,40 @@ class Held:
     """the OPEN records of files that are open, by handle"""
     aliases: dict[tuple[int, bytes], int] = field(default_factory=dict)
     """inode numbers by directory and temporary name"""
-    by_request: dict[int, list[Record]] = field(default_factory=dict)
+    by_request: defaultdict[int, list[Record]] = field(default_factory=lambda: defaultdict(list))
     """what was recorded for a request, which the kernel may ask again"""
 
     @classmethod
     def of(cls, records: Iterable[Record]) -> "Held":
         """Replay a ledger."""
         held = cls()
-        for record in records:
-            held._apply(record)
-            if record.request:
-                held.by_request.setdefault(record.request, []).append(record)
+        lookups, files, aliases, by_request = held.lookups, held.files, held.aliases, held.by_request
+        for record in records:  # thousands, and guests wait meanwhile
+            kind, request, b, c, _, payload = record
+            if kind is _LOOKUP:
+                lookups[b] = lookups.get(b, 0) + c
+            elif kind is _FORGET:
+                left = lookups.get(b, 0) - c
+                if left > 0:
+                    lookups[b] = left
+                else:
+                    lookups.pop(b, None)
+            elif kind is _OPEN:
+                files[b] = record
+            elif kind is _CLOSE:
+                files.pop(b, None)
+            elif kind is Kind.LOOKUPS:
+                for ino in inode_numbers(payload):
+                    lookups[ino] = lookups.get(ino, 0) + 1
+            elif kind is Kind.INIT:
+                held.init = payload
+            elif kind is Kind.ALIAS:
+                aliases[b, payload] = c
+            elif kind is Kind.UNALIAS:
+                aliases.pop((b, payload), None)
+            if request:
+                by_request[request].append(record)
         return held
-
-    def _apply(self, record: Record) -> None:
-        kind, _, b, c, _, payload = record
-        if kind is Kind.INIT:
-            self.init = payload
-        elif kind is Kind.LOOKUP:
-            self.lookups[b] = self.lookups.get(b, 0) + c
-        elif kind is Kind.LOOKUPS:
-            for ino in inode_numbers(payload):
-                self.lookups[ino] = self.lookups.get(ino, 0) + 1
-        elif kind is Kind.FORGET:
-            self.lookups[b] = self.lookups.get(b, 0) - c
-            if self.lookups[b] <= 0:
-                del self.lookups[b]
-        elif kind is Kind.OPEN:
-            self.files[b] = record
-        elif kind is Kind.CLOSE:
-            self.files.pop(b, None)
-        elif kind is Kind.ALIAS:
-            self.aliases[b, payload] = c
-        elif kind is Kind.UNALIAS:
-            self.aliases.pop((b, payload), None)
 
 
 def inode_numbers(payload: bytes) -> list[int]:

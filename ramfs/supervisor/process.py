@@ -720,7 +720,13 @@ def line(message: dict[str, Any]) -> bytes:
 def set_niceness(pid: int, niceness: int) -> None:
     """Let a process go before others, or after them. Without the privilege, or the process, it is left as it is."""
     with suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, pid, niceness)
+        for thread in os.listdir(f"/proc/{pid}/task"):  # each has its own, from the one that started it
+            with suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, int(thread), niceness)
+        # Most kernels share the processor out among sessions first (sched(7), autogroup): niceness counts within one.
+        if os.getsid(pid) == pid:  # else it is not ours alone
+            with open(f"/proc/{pid}/autogroup", "w") as file:
+                file.write(f"{niceness}")
 
 
 def how(code: int) -> str:

@@ -124,6 +124,34 @@ def mount(tmp_path: Path) -> Iterator[Mount]:
             mount.abandon()
 
 
+def niceness(pid: int) -> tuple[int, str]:
+    """That of a process, all its threads, and of its session where the scheduler shares out among those."""
+    group = Path(f"/proc/{pid}/autogroup")
+    (each,) = {os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in os.listdir(f"/proc/{pid}/task")}
+    return each, group.read_text().split()[-1] if group.exists() else ""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="going before others needs a privilege")
+def test_who_takes_over_goes_before_others_until_it_has(mount: Mount) -> None:
+    def standby() -> int:
+        eventually(lambda: told(mount)["standby"], "a daemon stands by")
+        return int(told(mount)["standby"])
+
+    usual = niceness(standby())
+    urgent = process.URGENT, str(process.URGENT) if usual[1] else ""
+    pid = standby()
+    assert niceness(supervisor_of(mount)) == urgent
+    os.kill(pid, signal.SIGSTOP)  # so that there is time to look
+    kill_serving(mount)
+    eventually(lambda: told(mount)["daemon"] == pid, "it is its turn")
+    assert niceness(pid) == urgent
+    os.kill(pid, signal.SIGCONT)
+    assert niceness(standby()) == usual
+    assert niceness(pid) == usual
+    assert {niceness(each)[0] for each in children(pid)} == {usual[0]}, "and what it has started"
+    assert read(mount.path / "f") == DATA
+
+
 def test_it_is_small_and_needs_the_standard_library_alone(mount: Mount) -> None:
     pid = supervisor_of(mount)
     kill_serving(mount)
