@@ -43,7 +43,6 @@ class _Helper:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 cwd="/",
-                start_new_session=True,
             )
         with ours:
             self._requests = ours.makefile("wb")

@@ -107,7 +107,8 @@ def main() -> None:
     """Answer until the daemon is gone."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # a service manager ends the daemon, which still needs us
-    # The daemon may have been in a hurry when it started this process, which is not.
+    # The daemon may have been in a hurry when it started this process, and its session is (supervisor/process.py).
+    os.setsid()
     os.setpriority(os.PRIO_PROCESS, 0, max(0, os.getpriority(os.PRIO_PROCESS, 0)))
     with open(0, "rb", closefd=False) as requests, open(0, "wb", closefd=False) as answers:
         while True:
