@@ -38,8 +38,8 @@ enum { PAGE = 4096 };
 enum { ON_READ, ON_MAP, ON_ABSENT, ON_WRITE, ON_COPY, ON_IOCTL, ON_RAW, ON_FALLOCATE, ON_LSEEK, HANDLERS };
 static const char *const handler_names[HANDLERS] = {"read",  "map_layer", "absent",    "write", "copy_file_range",
                                                     "ioctl", "raw",       "fallocate", "lseek"};
-/* Of Linux 6.9, which older headers lack: */
 enum { POPULATE_READ = 22 }; /* of Linux 5.14 */
+/* Of Linux 6.9, which older headers lack: */
 enum { INIT_EXT = 1 << 30, PASSTHROUGH = 1 << 5 /* of flags2 */, STACK_DEPTH = 0 /* of unused */ };
 static PyObject *handlers[HANDLERS];
 
@@ -202,9 +202,6 @@ static void populate(const struct iovec *iov, int count)
     }
 }
 
-/* The request that is being answered, until later() takes it away to be answered by reply(). */
-static struct { fuse_req_t req; int which; } at_hand;
-
 /* Answer a READ by -errno, bytes or a plan; or return NOT_HERE. */
 static int send_read(fuse_req_t req, PyObject *answer)
 {
@@ -224,8 +221,7 @@ static int send_read(fuse_req_t req, PyObject *answer)
         if (count >= 0) {
             populate(iov, count);
             fuse_reply_iov(req, iov, count);
-        }
-        else if (count != NOT_HERE)
+        } else if (count != NOT_HERE)
             fuse_reply_err(req, -count);
         PyBuffer_Release(&plan.entries);
         PyBuffer_Release(&plan.places);
@@ -233,44 +229,66 @@ static int send_read(fuse_req_t req, PyObject *answer)
     return count == NOT_HERE ? NOT_HERE : 0;
 }
 
+/* The request that is being answered, until later() takes it away. Then reply() answers it, by a token: a capsule of this
+ * name, whose context is the operation. */
+static struct {
+    fuse_req_t req;
+    int which;
+} at_hand;
+static const char waiting[] = "request", done_with[] = "answered request";
+
+static void take_up(fuse_req_t req, int which)
+{
+    at_hand.req = req;
+    at_hand.which = which;
+}
+
+/* Answer a request by the result of its operation or -errno. */
+static void send_result(fuse_req_t req, int which, long long value)
+{
+    if (value < 0 || which == ON_FALLOCATE)
+        fuse_reply_err(req, (int)-value);
+    else if (which == ON_LSEEK)
+        fuse_reply_lseek(req, value);
+    else
+        fuse_reply_write(req, (size_t)value);
+}
+
+/* Answer the request at hand by what its handler returned: a result or -errno; None if it took the request away. */
+static void answer_at_hand(PyObject *answer)
+{
+    fuse_req_t req = at_hand.req;
+    int which = at_hand.which;
+    at_hand.req = NULL;
+    if (req == NULL) {
+        if (answer != Py_None)
+            broken(which, answer);
+    } else if (answer == NULL || !PyLong_Check(answer))
+        send_result(req, which, -broken(which, answer));
+    else
+        send_result(req, which, PyLong_AsLongLong(answer));
+    Py_XDECREF(answer);
+}
+
+/* Nobody can answer it any more: the kernel must not wait for ever. */
+static void forget_request(PyObject *token)
+{
+    if (PyCapsule_IsValid(token, waiting))
+        fuse_reply_err(PyCapsule_GetPointer(token, waiting), EIO);
+}
+
 static void on_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset, struct fuse_file_info *fi)
 {
     PyObject *answer = PyObject_CallFunction(handlers[ON_READ], "KLn", (unsigned long long)fi->fh, (long long)offset,
                                              (Py_ssize_t)size);
+    int sent = send_read(req, answer);
     (void)ino;
-    if (send_read(req, answer) == NOT_HERE) {
-        Py_DECREF(answer);
-        at_hand.req = req;
-        at_hand.which = ON_READ;
-        answer = PyObject_CallFunction(handlers[ON_ABSENT], "KLn", (unsigned long long)fi->fh, (long long)offset,
-                                       (Py_ssize_t)size);
-        if (at_hand.req != NULL) {
-            int error = error_of(answer);
-            fuse_reply_err(req, error ? error : broken(ON_ABSENT, answer));
-        }
-        at_hand.req = NULL;
-    }
     Py_XDECREF(answer);
-}
-
-/* Answer a request whose handler returns a number of bytes or -errno, unless it took the request away. */
-static void reply_count(fuse_req_t req, int which, PyObject *answer)
-{
-    int error = error_of(answer), taken = at_hand.req == NULL;
-    at_hand.req = NULL;
-    if (taken) {
-        if (answer != Py_None)
-            broken(which, answer);
-        Py_XDECREF(answer);
-        return;
+    if (sent == NOT_HERE) {
+        take_up(req, ON_READ);
+        answer_at_hand(PyObject_CallFunction(handlers[ON_ABSENT], "KLn", (unsigned long long)fi->fh, (long long)offset,
+                                             (Py_ssize_t)size));
     }
-    if (error == 0 && (answer == NULL || !PyLong_Check(answer)))
-        error = broken(which, answer);
-    if (error)
-        fuse_reply_err(req, error);
-    else
-        fuse_reply_write(req, PyLong_AsSize_t(answer));
-    Py_XDECREF(answer);
 }
 
 static void on_write_buf(fuse_req_t req, fuse_ino_t ino, struct fuse_bufvec *bufv, off_t offset,
@@ -291,12 +309,11 @@ static void on_write_buf(fuse_req_t req, fuse_ino_t ino, struct fuse_bufvec *buf
     /* libfuse does not tell whether the writer may keep the set-user-ID bit; the request does. */
     int kill = current != NULL && ((const struct fuse_write_in *)(current + 1))->write_flags & FUSE_WRITE_KILL_SUIDGID;
     PyObject *view = PyMemoryView_FromMemory(data, (Py_ssize_t)size, PyBUF_READ), *answer = NULL;
-    at_hand.req = req;
-    at_hand.which = ON_WRITE;
+    take_up(req, ON_WRITE);
     if (view != NULL)
         answer = PyObject_CallFunction(handlers[ON_WRITE], "KLOi", (unsigned long long)fi->fh, (long long)offset, view,
                                        kill);
-    reply_count(req, ON_WRITE, answer);
+    answer_at_hand(answer);
     Py_XDECREF(view);
     free(copy);
 }
@@ -306,12 +323,10 @@ static void on_copy_file_range(fuse_req_t req, fuse_ino_t from, off_t from_offse
 {
     (void)from;
     (void)to;
-    at_hand.req = req;
-    at_hand.which = ON_COPY;
-    reply_count(req, ON_COPY,
-                PyObject_CallFunction(handlers[ON_COPY], "KLKLni", (unsigned long long)from_fi->fh,
-                                      (long long)from_offset, (unsigned long long)to_fi->fh, (long long)to_offset,
-                                      (Py_ssize_t)length, flags));
+    take_up(req, ON_COPY);
+    answer_at_hand(PyObject_CallFunction(handlers[ON_COPY], "KLKLni", (unsigned long long)from_fi->fh,
+                                         (long long)from_offset, (unsigned long long)to_fi->fh, (long long)to_offset,
+                                         (Py_ssize_t)length, flags));
 }
 
 static void on_ioctl(fuse_req_t req, fuse_ino_t ino, unsigned cmd, void *arg, struct fuse_file_info *fi, unsigned flags,
@@ -332,71 +347,21 @@ static void on_ioctl(fuse_req_t req, fuse_ino_t ino, unsigned cmd, void *arg, st
     Py_XDECREF(answer);
 }
 
-/* Requests that may be answered later, by a token: a capsule of this name whose context is the operation. The handlers
- * of some get it and return None; others ask for it when they need it (later). reply() takes it, and the answer. */
-static const char waiting[] = "request", done_with[] = "answered request";
-
-static void reply_to(PyObject *token, long long value)
-{
-    fuse_req_t req = PyCapsule_GetPointer(token, waiting);
-    intptr_t which = (intptr_t)PyCapsule_GetContext(token);
-    PyCapsule_SetName(token, done_with);
-    if (value < 0 || which == ON_FALLOCATE)
-        fuse_reply_err(req, (int)-value);
-    else if (which == ON_LSEEK)
-        fuse_reply_lseek(req, value);
-    else
-        fuse_reply_write(req, (size_t)value);
-}
-
-/* Nobody can answer it any more: the kernel must not wait for ever. */
-static void forget_request(PyObject *token)
-{
-    if (PyCapsule_IsValid(token, waiting))
-        fuse_reply_err(PyCapsule_GetPointer(token, waiting), EIO);
-}
-
-static PyObject *new_token(fuse_req_t req, int which)
-{
-    PyObject *token = PyCapsule_New(req, waiting, forget_request);
-    if (token == NULL) {
-        PyErr_Clear();
-        fuse_reply_err(req, ENOMEM);
-        return NULL;
-    }
-    PyCapsule_SetContext(token, (void *)(intptr_t)which);
-    return token;
-}
-
-static void answer_unless_later(PyObject *token, int which, PyObject *answer)
-{
-    if (answer == NULL || (answer != Py_None && !PyLong_Check(answer)))
-        reply_to(token, -broken(which, answer));
-    else if (answer != Py_None)
-        reply_to(token, PyLong_AsLongLong(answer));
-    Py_XDECREF(answer);
-    Py_DECREF(token);
-}
-
 static void on_fallocate(fuse_req_t req, fuse_ino_t ino, int mode, off_t offset, off_t length,
                          struct fuse_file_info *fi)
 {
-    PyObject *token = new_token(req, ON_FALLOCATE);
     (void)ino;
-    if (token != NULL)
-        answer_unless_later(token, ON_FALLOCATE,
-                            PyObject_CallFunction(handlers[ON_FALLOCATE], "KiLLIO", (unsigned long long)fi->fh, mode,
-                                                  (long long)offset, (long long)length, fuse_req_ctx(req)->uid, token));
+    take_up(req, ON_FALLOCATE);
+    answer_at_hand(PyObject_CallFunction(handlers[ON_FALLOCATE], "KiLLI", (unsigned long long)fi->fh, mode,
+                                         (long long)offset, (long long)length, fuse_req_ctx(req)->uid));
 }
 
 static void on_lseek(fuse_req_t req, fuse_ino_t ino, off_t offset, int whence, struct fuse_file_info *fi)
 {
-    PyObject *token = new_token(req, ON_LSEEK);
     (void)ino;
-    if (token != NULL)
-        answer_unless_later(token, ON_LSEEK,
-                            PyObject_CallFunction(handlers[ON_LSEEK], "KLiO", (unsigned long long)fi->fh,
-                                                  (long long)offset, whence, token));
+    take_up(req, ON_LSEEK);
+    answer_at_hand(PyObject_CallFunction(handlers[ON_LSEEK], "KLi", (unsigned long long)fi->fh, (long long)offset,
+                                         whence));
 }
 
 static void on_init(void *userdata, struct fuse_conn_info *conn)
@@ -627,20 +592,20 @@ static PyObject *py_reply(PyObject *self, PyObject *args)
         return NULL;
     if ((req = PyCapsule_GetPointer(token, waiting)) == NULL)
         return NULL;
-    if ((intptr_t)PyCapsule_GetContext(token) == ON_READ) {
+    intptr_t which = (intptr_t)PyCapsule_GetContext(token);
+    if (which == ON_READ) {
         if (send_read(req, answer) == NOT_HERE)
             Py_RETURN_FALSE;
-        PyCapsule_SetName(token, done_with);
-        Py_RETURN_TRUE;
+    } else {
+        long long value = PyLong_AsLongLong(answer);
+        if (value == -1 && PyErr_Occurred())
+            return NULL;
+        send_result(req, (int)which, value);
     }
-    long long value = PyLong_AsLongLong(answer);
-    if (value == -1 && PyErr_Occurred())
-        return NULL;
-    reply_to(token, value);
+    PyCapsule_SetName(token, done_with);
     Py_RETURN_TRUE;
 }
 
-/* Take away the request that is being answered: READ (in the handler "absent"), WRITE or COPY_FILE_RANGE. */
 static PyObject *py_later(PyObject *self, PyObject *none)
 {
     (void)self;
@@ -678,8 +643,8 @@ static PyObject *py_install(PyObject *self, PyObject *args, PyObject *kwargs)
     PyObject *given[HANDLERS] = {NULL};
     (void)self;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$OOOOOOO!OOIIIlp", names, &given[ON_READ], &given[ON_MAP],
-                                     &given[ON_ABSENT], &given[ON_WRITE], &given[ON_COPY], &given[ON_IOCTL], &PyDict_Type, &given[ON_RAW],
-                                     &given[ON_FALLOCATE], &given[ON_LSEEK],
+                                     &given[ON_ABSENT], &given[ON_WRITE], &given[ON_COPY], &given[ON_IOCTL],
+                                     &PyDict_Type, &given[ON_RAW], &given[ON_FALLOCATE], &given[ON_LSEEK],
                                      &max_background, &max_readahead, &max_write, &spin_ns, &want_passthrough))
         return NULL;
     for (size_t i = 0; i < sizeof zeros; i += PAGE)
@@ -837,7 +802,8 @@ static PyMethodDef methods[] = {
      "The reply that gives the kernel handle fh next bears these FOPEN_ flags too, and a backing id (0: none)."},
     {"reply", py_reply, METH_VARARGS,
      "Answer the request of a token by its result or -errno. False, and not yet answered, if pages of it are absent."},
-    {"later", py_later, METH_NOARGS, "A token for the READ, WRITE or COPY_FILE_RANGE under way; its handler returns None."},
+    {"later", py_later, METH_NOARGS,
+     "A token for the request under way, of those whose handler may return None, as it then does; a READ: in \"absent\"."},
     {"asker", py_asker, METH_O, "The id of the thread that the request of a token is from, 0 if it has none here."},
     {"unique", py_unique, METH_NOARGS, "The number of the request under way: ask at a handler's start."},
     {"xattr_flags", py_xattr_flags, METH_NOARGS, "XATTR_CREATE or XATTR_REPLACE of a SETXATTR: ask at its handler's start."},

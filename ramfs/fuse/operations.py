@@ -340,8 +340,8 @@ class Operations(pyfuse3.Operations):
         except Exception as exc:
             return self._failed(exc, "statx", ino)
 
-    def fallocate_now(self, handle: int, mode: int, offset: int, length: int, uid: int, token: object) -> int | None:
-        """FALLOCATE: 0 or -errno, or None if ``token`` is answered later."""
+    def fallocate_now(self, handle: int, mode: int, offset: int, length: int, uid: int) -> int | None:
+        """FALLOCATE: 0 or -errno, or None if it is answered later."""
         try:
             image = self._images.get(handle)
             if image is None:
@@ -366,9 +366,9 @@ class Operations(pyfuse3.Operations):
                 if next(parts, 0) is not None:
                     return 0
             except Absent as absent:
-                trio.lowlevel.spawn_system_task(self._zero_later, absent, zero, token)
+                trio.lowlevel.spawn_system_task(self._zero_later, absent, zero, native.later())
             else:  # there is more to do
-                trio.lowlevel.spawn_system_task(self._zero_on, parts, token)
+                trio.lowlevel.spawn_system_task(self._zero_on, parts, native.later())
             return None
         except Exception as exc:
             return self._failed(exc, "fallocate", handle, mode, offset, length)
@@ -400,8 +400,8 @@ class Operations(pyfuse3.Operations):
             done = self._failed(exc, "fallocate")
         native.reply(token, done)
 
-    def lseek_now(self, handle: int, offset: int, whence: int, token: object) -> int | None:
-        """LSEEK with SEEK_DATA or SEEK_HOLE: the offset or -errno, or None if ``token`` is answered later."""
+    def lseek_now(self, handle: int, offset: int, whence: int) -> int | None:
+        """LSEEK with SEEK_DATA or SEEK_HOLE: the offset or -errno, or None if it is answered later."""
         try:
             if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
                 return -errno.EINVAL
@@ -413,7 +413,7 @@ class Operations(pyfuse3.Operations):
             found, _ = self.pager.seek(file.image, offset, whence)
             if not file.inode.is_written or file.image.direct is not None:
                 return _sought(found, file.image.size, whence)
-            trio.lowlevel.spawn_system_task(self._answer_seek, file, offset, whence, token)
+            trio.lowlevel.spawn_system_task(self._answer_seek, file, offset, whence, native.later())
             return None
         except Exception as exc:
             return -errno_of(exc, "lseek", (handle, offset, whence))
