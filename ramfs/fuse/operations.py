@@ -220,25 +220,23 @@ class Operations(pyfuse3.Operations):
             native.reply(token, self._failed(exc, "read", offset, size))
 
     async def _having(self, thread: int, work: Callable[[], _T]) -> _T:
-        """Do something for a thread, without an await, for which absent pages may have to be brought."""
+        """Do something for a thread, without an await, for which absent pages may have to be brought.
+
+        Raises EINTR when the thread is killed meanwhile, SourceError, OSError.
+        """
         while True:
             try:
                 return work()
             except Absent as absent:
-                await self._bring(thread, absent)
+                with self._waiting.of(thread):
+                    await self.arrivals.bring(absent)
 
-    async def _bring(self, thread: int, absent: Absent) -> None:
-        """Have pages brought that a thread waits for. Raises EINTR when it is killed, SourceError, OSError."""
-        with self._waiting.of(thread):
-            await self.arrivals.bring(absent)
-
-    def _later(self, absent: Absent, work: Callable[[], int], request: str, *details: int) -> None:
+    def _later(self, work: Callable[[], int], request: str, *details: int) -> None:
         """Answer the request at hand by what ``work`` returns, when the pages that it needs are here."""
         token = native.later()
 
         async def go_on() -> None:
             try:
-                await self._bring(native.asker(token), absent)
                 answer = await self._having(native.asker(token), work)
             except Exception as exc:
                 answer = self._failed(exc, request, *details)
@@ -266,10 +264,10 @@ class Operations(pyfuse3.Operations):
             if drop_suid:
                 self._drop_suid(handle)
             return self.pager.write(image, offset, data)
-        except Absent as absent:
+        except Absent:
             kept = bytes(data)
             target = self._images[handle]
-            self._later(absent, lambda: self.pager.write(target, offset, kept), "write", handle, offset, len(kept))
+            self._later(lambda: self.pager.write(target, offset, kept), "write", handle, offset, len(kept))
             return None
         except Exception as exc:
             return self._failed(exc, "write", handle, offset, len(data))
@@ -293,8 +291,8 @@ class Operations(pyfuse3.Operations):
                 trio.lowlevel.spawn_system_task(self._copy_clone, native.later(), *known)
                 return None
             return self._share(*known)
-        except Absent as absent:
-            self._later(absent, lambda: self._share(*known), "copy_file_range", *details)
+        except Absent:
+            self._later(lambda: self._share(*known), "copy_file_range", *details)
             return None
         except Exception as exc:
             return self._failed(exc, "copy_file_range", *details)
@@ -358,37 +356,31 @@ class Operations(pyfuse3.Operations):
             self.counters.punched_ranges += 1
             self.counters.punched_bytes += length
 
-            def zero() -> Iterator[None]:
-                return self.pager.zero(image, offset, length, keep_size=keep_size)
+            def begin() -> Iterator[None] | None:
+                """The first part of it; what is left to do, if anything."""
+                parts = self.pager.zero(image, offset, length, keep_size=keep_size)
+                return parts if next(parts, 0) is None else None
 
-            parts = zero()
             try:
-                if next(parts, 0) is not None:
-                    return 0
-            except Absent as absent:
-                trio.lowlevel.spawn_system_task(self._zero_later, absent, zero, native.later())
-            else:  # there is more to do
-                trio.lowlevel.spawn_system_task(self._zero_on, parts, native.later())
+                parts = begin()
+            except Absent:
+                trio.lowlevel.spawn_system_task(self._zero_later, begin, native.later())
+                return None
+            if parts is None:
+                return 0
+            trio.lowlevel.spawn_system_task(self._zero_on, parts, native.later())
             return None
         except Exception as exc:
             return self._failed(exc, "fallocate", handle, mode, offset, length)
 
-    async def _zero_later(self, absent: Absent, zero: Callable[[], Iterator[None]], token: object) -> None:
+    async def _zero_later(self, begin: Callable[[], Iterator[None] | None], token: object) -> None:
         """Carry a FALLOCATE out when the pages are here of which it changes a part."""
         try:
-            await self._bring(native.asker(token), absent)
-            parts = zero()
-            while True:
-                try:
-                    next(parts, None)
-                    break
-                except Absent as again:
-                    await self._bring(native.asker(token), again)
-                    parts = zero()
+            parts = await self._having(native.asker(token), begin)
         except Exception as exc:
             native.reply(token, self._failed(exc, "fallocate"))
         else:
-            await self._zero_on(parts, token)
+            await self._zero_on(parts or iter(()), token)
 
     async def _zero_on(self, parts: Iterator[None], token: object) -> None:
         """Go on with a large FALLOCATE; other requests are answered in between."""
