@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import json
+import mmap
 import os
 import pickle
 import signal
@@ -36,6 +37,10 @@ ZERO_RANGE = 0x10
 PUNCH = PUNCH_HOLE | KEEP_SIZE
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.madvise.argtypes = _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 @contextlib.contextmanager
@@ -105,6 +110,44 @@ def opened(path: Name, flags: int = os.O_RDWR, mode: int = 0o666) -> Iterator[in
         yield fd
     finally:
         os.close(fd)
+
+
+class Mapping:
+    """All of a file, mapped shared, without a descriptor that stays open (as Python's mmap has)."""
+
+    def __init__(self, fd: int, *, writable: bool = False) -> None:
+        self.size = os.fstat(fd).st_size
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        self.address = _libc.mmap(None, self.size, protection, mmap.MAP_SHARED, fd, 0)
+        assert self.address != ctypes.c_void_p(-1).value
+
+    def __setitem__(self, offset: int, data: bytes) -> None:
+        ctypes.memmove(self.address + offset, data, len(data))
+
+    def bytes(self, offset: int = 0, length: int | None = None) -> bytes:
+        return ctypes.string_at(self.address + offset, self.size if length is None else length)
+
+    def protect(self, protection: int) -> None:
+        """mprotect(2)."""
+        self._call(_libc.mprotect, protection)
+
+    def advise(self, advice: int) -> None:
+        """madvise(2)."""
+        self._call(_libc.madvise, advice)
+
+    def _call(self, call: Callable[[int, int, int], int], argument: int) -> None:
+        if call(self.address, self.size, argument):
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+
+    def close(self) -> None:
+        _libc.munmap(self.address, self.size)
+
+    def __enter__(self) -> Mapping:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def read(path: Name, offset: int = 0, length: int = -1) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import itertools
 import json
@@ -24,6 +23,7 @@ from mount.posix import (
     KEEP_SIZE,
     PAGE,
     PUNCH,
+    Mapping,
     Process,
     counters,
     eventually,
@@ -42,34 +42,14 @@ from ramfs.store.repair import check_store
 MB = 1 << 20
 SIZE = 4 * MB
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
-_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="the kernel serves files itself for root only")
 
 _numbers = itertools.count()
 
 
-class Memory:
-    """A file mapped shared, without a descriptor that stays open (as Python's mmap has)."""
-
-    def __init__(self, path: Path, size: int = SIZE, *, writable: bool = True) -> None:
-        self.size = size
-        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        with opened(path, os.O_RDWR if writable else os.O_RDONLY) as fd:
-            self.address = _libc.mmap(None, size, protection, mmap.MAP_SHARED, fd, 0)
-        assert self.address != ctypes.c_void_p(-1).value
-
-    def __setitem__(self, offset: int, data: bytes) -> None:
-        ctypes.memmove(self.address + offset, data, len(data))
-
-    def bytes(self, offset: int = 0, length: int | None = None) -> bytes:
-        return ctypes.string_at(self.address + offset, self.size if length is None else length)
-
-    def close(self) -> None:
-        _libc.munmap(self.address, self.size)
+def mapped(path: Path, *, writable: bool = True) -> Mapping:
+    with opened(path, os.O_RDWR if writable else os.O_RDONLY) as fd:
+        return Mapping(fd, writable=writable)
 
 
 @pytest.fixture(scope="module")
@@ -314,9 +294,9 @@ def test_only_where_it_is_wanted_and_possible(
 def test_a_mapping_keeps_it(shared: Mount, ram: Path) -> None:
     """The handle is closed, and nobody is told when the mapping goes."""
     for writable in (True, False):
-        memory = Memory(ram, writable=True)
+        memory = mapped(ram)
         if not writable:
-            other = Memory(ram, writable=False)
+            other = mapped(ram, writable=False)
             memory.close()
             memory = other
         released(shared.path)
@@ -558,7 +538,7 @@ def test_a_mapping_outlives_the_mount(own: Mount) -> None:
     """Daemon and supervisor are killed: the guest stores on, and who opens the file in the next mount sees it."""
     ram = make(own.path / "ram")
     with Process(lambda: None):
-        memory = Memory(ram)
+        memory = mapped(ram)
         memory[2 * MB] = b"before"
         own.kill()
         memory[2 * MB] = b"meantime"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import mmap
@@ -16,14 +15,15 @@ from pathlib import Path
 import pytest
 from harness import Mount
 from mount.posix import (
-    KEEP_SIZE,
     PAGE,
-    PUNCH_HOLE,
+    PUNCH,
+    Mapping,
     Process,
     counters,
     errno_of,
     eventually,
     fails,
+    fallocate,
     opened,
     pattern,
     read,
@@ -34,11 +34,6 @@ from ramfs.store.files import cachestat
 
 MB = 1 << 20
 SIZE = 4 * MB
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
-_libc.madvise.argtypes = _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="the kernel serves files itself for root only")
 
@@ -85,23 +80,6 @@ def cached(fd: int) -> int:
     told = cachestat(fd)
     assert told is not None
     return int(told.cached)
-
-
-class Mapping:
-    """A file mapped for reading, without a descriptor that stays open (as Python's mmap has)."""
-
-    def __init__(self, fd: int) -> None:
-        self.address = ctypes.c_void_p(_libc.mmap(None, SIZE, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0))
-        assert self.address.value != ctypes.c_void_p(-1).value
-
-    def bytes(self) -> bytes:
-        return ctypes.string_at(self.address, SIZE)
-
-    def __enter__(self) -> Mapping:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        _libc.munmap(self.address, ctypes.c_size_t(SIZE))
 
 
 @pytest.fixture
@@ -304,14 +282,15 @@ def test_nothing_can_be_written(vm: Path) -> None:
         assert errno_of(lambda: os.pwrite(fd, b"x", 0)) == errno.EBADF
         assert errno_of(lambda: os.ftruncate(fd, 0)) == errno.EINVAL
         assert errno_of(lambda: os.posix_fallocate(fd, 0, PAGE)) == errno.EBADF
-        punch = PUNCH_HOLE | KEEP_SIZE
-        assert _libc.fallocate(fd, punch, ctypes.c_long(0), ctypes.c_long(PAGE)) == -1
+        with fails(errno.EBADF):
+            fallocate(fd, PUNCH, 0, PAGE)
         with fails(errno.EACCES):
             mmap.mmap(fd, SIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         with Mapping(fd) as memory:
-            assert _libc.mprotect(memory.address, SIZE, mmap.PROT_READ | mmap.PROT_WRITE) == -1
-            assert ctypes.get_errno() == errno.EACCES
-            assert _libc.madvise(memory.address, SIZE, 9) == -1  # MADV_REMOVE
+            with fails(errno.EACCES):
+                memory.protect(mmap.PROT_READ | mmap.PROT_WRITE)
+            with fails(errno.EACCES):
+                memory.advise(mmap.MADV_REMOVE)
         assert os.pread(fd, SIZE, 0) == expected
     assert read(vm / "ram") == expected
 
@@ -370,7 +349,7 @@ def test_a_mapping_outlives_its_handle_and_its_snapshot(make_mount: Callable[...
     passes = counters(mount.path)["garbage_passes"]
     eventually(lambda: counters(mount.path)["garbage_passes"] > passes, "a garbage pass")
     assert memory.bytes() == expected
-    memory.__exit__()
+    memory.close()
     mount.restart()  # the kernel remembers the inode for long, now that its snapshot is gone
     eventually(lambda: status(mount.path)["store_bytes"]["layers"] < 2 * MB, "the pages are given back")
     assert read(mount.path / "clone" / "ram") == bytes(2 * MB) + pattern(MB) + bytes(MB)
@@ -399,7 +378,7 @@ def test_a_mapping_outlives_a_killed_daemon(make_mount: Callable[..., Mount]) ->
         (mount.path / "other").unlink()
         eventually(lambda passes=passes: counters(mount.path)["garbage_passes"] > passes, "a garbage pass")
         assert memory.bytes() == expected
-    memory.__exit__()
+    memory.close()
     mount.restart()
     eventually(lambda: status(mount.path)["store_bytes"]["layers"] < 2 * MB, "the pages are given back")
 

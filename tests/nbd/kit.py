@@ -1,4 +1,4 @@
-"""What the tests of the client share."""
+"""What the tests of the client, and of other sources, share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, ParamSpec
 
 import trio
 
-from ramfs.source.base import Extent
+from ramfs.source.base import Extent, PageSource
 from ramfs.source.nbd_client import Limits, NbdDirectory, NbdSource
 
 P = ParamSpec("P")
@@ -18,12 +18,12 @@ MB = 1 << 20
 
 
 def on_trio(test: Callable[P, Awaitable[None]]) -> Callable[P, None]:
-    """A test that is a coroutine, given 20 seconds."""
+    """A test that is a coroutine, given half a minute."""
 
     @functools.wraps(test)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         async def main() -> None:
-            with trio.fail_after(20):
+            with trio.fail_after(30):
                 await test(*args, **kwargs)
 
         trio.run(main)
@@ -48,7 +48,7 @@ async def opened(uri: str, name: str = "", **limits: Any) -> AsyncIterator[NbdSo
         await source.aclose()
 
 
-async def read(source: NbdSource, offset: int, length: int, *, urgent: bool = False) -> bytes:
+async def read(source: PageSource, offset: int, length: int, *, urgent: bool = False) -> bytes:
     buffer = bytearray(length)
     await source.read_into(offset, memoryview(buffer), urgent=urgent)
     return bytes(buffer)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 RECORD = struct.Struct("<BQI")
 SECTOR = 512
@@ -52,33 +53,19 @@ def mounted_image(image: Path, point: Path) -> Iterator[Path]:
             time.sleep(0.02)  # somebody is just closing a file
 
 
-@dataclass(frozen=True)
-class Write:
-    offset: int
-    data: bytes
+class ServedDisk:
+    """A disk that an nbdkit serves. `with` has it as the file `.device`."""
 
-
-class RecordedDisk:
-    """A disk whose every write and flush is logged. `with` serves it as the file `.device`."""
-
-    def __init__(self, directory: Path, fstype: str) -> None:
-        self.directory = directory
-        self.fstype = fstype
-        self.size = SIZE[fstype]
-        self.log = directory / "log"
-        self.pristine = directory / "pristine"
+    def __init__(self, directory: Path) -> None:
         self.device = directory / "nbd" / "disk"
 
-    def __enter__(self) -> RecordedDisk:
-        # Made before the recording begins: the test is about what happens in the file system, not of its making.
-        with self.pristine.open("wb") as file:
-            file.truncate(self.size)
-        call(*MAKE[self.fstype], self.pristine)
-        disk = self.directory / "disk"
-        call("cp", "--sparse=always", self.pristine, disk)
+    def prepare(self) -> list[str | Path]:
+        """Make the disk; the arguments of nbdkit."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        server = ["nbdkit", "-s", *self.prepare()]
         self.device.parent.mkdir()
-        plugin = Path(__file__).with_name("recorder.py")
-        server = ["nbdkit", "-s", "python", plugin, f"size={self.size}", f"disk={disk}", f"log={self.log}"]
         self.process = subprocess.Popen(
             ["nbdfuse", self.device, "--command", *server], stdin=subprocess.DEVNULL, start_new_session=True
         )
@@ -96,6 +83,34 @@ class RecordedDisk:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+
+@dataclass(frozen=True)
+class Write:
+    offset: int
+    data: bytes
+
+
+class RecordedDisk(ServedDisk):
+    """A disk whose every write and flush is logged."""
+
+    def __init__(self, directory: Path, fstype: str) -> None:
+        super().__init__(directory)
+        self.directory = directory
+        self.fstype = fstype
+        self.size = SIZE[fstype]
+        self.log = directory / "log"
+        self.pristine = directory / "pristine"
+
+    def prepare(self) -> list[str | Path]:
+        # Made before the recording begins: the test is about what happens in the file system, not of its making.
+        with self.pristine.open("wb") as file:
+            file.truncate(self.size)
+        call(*MAKE[self.fstype], self.pristine)
+        disk = self.directory / "disk"
+        call("cp", "--sparse=always", self.pristine, disk)
+        plugin = Path(__file__).with_name("recorder.py")
+        return ["python", plugin, f"size={self.size}", f"disk={disk}", f"log={self.log}"]
 
     @property
     def position(self) -> int:

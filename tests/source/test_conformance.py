@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import mmap
 import random
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import ParamSpec
 
 import pytest
 import trio
+from nbd.kit import on_trio, read
 from source.cases import CASES, MB, SIZE, Case, sample
 
 from ramfs.errors import SourceLost, SourceRefused
 from ramfs.source.base import PageSource
 from ramfs.units import PAGE
 
-P = ParamSpec("P")
 DATA = sample()
-
-
-def on_trio(test: Callable[P, Awaitable[None]]) -> Callable[P, None]:
-    """A test that is a coroutine, given half a minute."""
-
-    @functools.wraps(test)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        async def main() -> None:
-            with trio.fail_after(30):
-                await test(*args, **kwargs)
-
-        trio.run(main)
-
-    return run
 
 
 @pytest.fixture(params=CASES, ids=lambda case: case.name)
@@ -43,12 +26,6 @@ def case(request: pytest.FixtureRequest) -> Case:
 def step_of(source: PageSource) -> int:
     """A length of reads that every source takes."""
     return max(source.alignment, PAGE)
-
-
-async def read(source: PageSource, offset: int, length: int, *, urgent: bool = False) -> bytes:
-    buffer = bytearray(length)
-    await source.read_into(offset, memoryview(buffer), urgent=urgent)
-    return bytes(buffer)
 
 
 @on_trio

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import trio
+from nbd.kit import on_trio, read
 from source.cases import MB, sample
-from source.test_conformance import on_trio, read
 
 from ramfs.errors import SourceError, SourceLost, SourceRefused, UsageError
 from ramfs.source.fault import FaultDirectory, Faults

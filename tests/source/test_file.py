@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import trio
+from nbd.kit import on_trio, read
 from source.cases import SIZE, sample
-from source.test_conformance import on_trio, read
 
 from ramfs.errors import SourceChanged, SourceLost, SourceRefused
 from ramfs.source.file import FileDirectory, FileSource

@@ -11,8 +11,8 @@ import pytest
 import trio
 import xxhash
 from hypothesis import given
+from nbd.kit import on_trio
 from source.cases import MemorySource, file_of, manifest_of
-from source.test_conformance import on_trio
 
 from ramfs.errors import SourceBroken, SourceLost
 from ramfs.source import manifest

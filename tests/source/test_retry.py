@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable
 import pytest
 import trio
 import trio.testing
+from nbd.kit import on_trio, read
 from source.cases import MB, SIZE, MemoryDirectory, file_of, sample
-from source.test_conformance import on_trio, read
 
 from ramfs.errors import SourceChanged, SourceCorrupt, SourceError, SourceLost, SourceRefused
 from ramfs.source.base import PageSource

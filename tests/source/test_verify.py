@@ -6,8 +6,8 @@ import random
 from pathlib import Path
 
 import pytest
+from nbd.kit import on_trio, read
 from source.cases import MB, SIZE, file_at, file_of, sample
-from source.test_conformance import on_trio, read
 
 from ramfs.errors import SourceChanged, SourceCorrupt
 from ramfs.image.digest import KNOWN_LOST

@@ -6,7 +6,6 @@ import ctypes
 import mmap
 import os
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -15,45 +14,31 @@ from pathlib import Path
 import pytest
 from harness import Mount
 from mount.posix import eventually, opened, pattern
-from power.disk import call, mounted_image
+from power.disk import MAKE, SIZE, ServedDisk, call, mounted_image
 from takeover.conftest import drop_caches, freed
 
 MB = 1 << 20
 
 
-class PausableDisk:
-    """A file that is served by nbdkit, and can be told not to answer. `with` serves it as the file `device`."""
+class PausableDisk(ServedDisk):
+    """A disk that can be told not to answer."""
 
     def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
         self.image = directory / "image"
         self.control = directory / "control"
-        self.device = directory / "nbd" / "disk"
 
-    def __enter__(self) -> PausableDisk:
+    def prepare(self) -> list[str | Path]:
         with self.image.open("wb") as file:
-            file.truncate(64 * MB)
-        call("mkfs.ext4", "-q", "-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0", "-J", "size=4", self.image)
-        self.device.parent.mkdir()
-        server = ["nbdkit", "-s", "--filter=pause", "file", self.image, f"pause-control={self.control}"]
-        self.process = subprocess.Popen(
-            ["nbdfuse", self.device, "--command", *server], stdin=subprocess.DEVNULL, start_new_session=True
-        )
-        eventually(lambda: self.device.exists() and self.control.exists(), "the disk is there")
-        return self
+            file.truncate(SIZE["ext4"])
+        call(*MAKE["ext4"], self.image)
+        return ["--filter=pause", "file", self.image, f"pause-control={self.control}"]
 
     def tell(self, word: bytes) -> None:
         with socket.socket(socket.AF_UNIX) as control:
             control.connect(str(self.control))
             control.sendall(word)
             assert control.recv(1) == word.upper()
-
-    def __exit__(self, *error: object) -> None:
-        subprocess.run(["umount", "-l", self.device.parent], capture_output=True, check=False)
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
 
 
 @pytest.fixture
