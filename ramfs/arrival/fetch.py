@@ -16,6 +16,7 @@ here already, never the other way round.
 import contextlib
 import errno
 import logging
+import math
 import mmap
 import os
 from collections.abc import Awaitable, Callable, Iterable, Iterator
@@ -39,15 +40,17 @@ from ramfs.units import PAGE, PAGE_SHIFT, LayerId
 
 log = logging.getLogger(__name__)
 
-#: Bytes of the largest fetch: a buffer of that size stays in the processor's cache between socket and file.
-LARGEST: Final = 256 << 10
+#: Bytes of the largest fetch, and thus of a buffer: each costs the loop the same work besides what its bytes cost.
+LARGEST: Final = 1 << 20
+#: ... and of the largest for somebody who waits.
+NEAR: Final = 256 << 10
 #: Seconds that a fetch may keep everything else waiting, where that is usually enough: a reply over loopback takes
 #: less than to let another task have its turn, and come back.
 _GLANCE: Final = 150e-6 if (os.cpu_count() or 1) > 1 else 0.0
 #: Seconds without any progress for those who wait, after which the stream waits for them no more.
 _STUCK: Final = 0.5
-#: Buffers of that size that are kept.
-_BUFFERS: Final = 32
+#: Buffers that are kept.
+_BUFFERS: Final = 12
 #: After so many fetches that took longer only each so manieth is waited for.
 _MISSES: Final = 4
 _TRY_AGAIN: Final = 32
@@ -99,6 +102,8 @@ class Arrival:
         """pages after which somebody who waited will look next, the last one last; the stream takes them"""
         self.waiting = 0
         """how many wait for absent pages"""
+        self.touched_at = -math.inf
+        """when somebody had what he waited for"""
         self._idle = trio.Event()
         self._idle.set()
         self._moved = 0.0
@@ -113,7 +118,7 @@ class Arrival:
         """seconds that a fetch takes at least, of late"""
         self._missed = 0
         """fetches in a row that took more than a moment"""
-        self._most = max(PAGE, min(LARGEST, source.maximum)) >> PAGE_SHIFT
+        self._most = max(PAGE, min(NEAR, source.maximum)) >> PAGE_SHIFT
 
     @property
     def is_arriving(self) -> bool:
@@ -241,6 +246,7 @@ class Arrival:
         counts.demand_seconds += took
         counts.slowest = max(counts.slowest, took)
         self.touched.append(stop)
+        self.touched_at = trio.current_time()
 
     async def fetch(self, first: int, stop: int, *, urgent: bool = False) -> SourceError | None:
         """Fetch what of some pages is absent and not on its way.

@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 import trio
 
-from ramfs.arrival.fetch import LARGEST, Arrival, together
+from ramfs.arrival.fetch import LARGEST, NEAR, Arrival, together
 from ramfs.errors import SourceError
 from ramfs.image.table import Mask, runs_of
 from ramfs.pager import Pager
@@ -21,16 +21,22 @@ from ramfs.store.images import Image
 from ramfs.store.presence import ABSENT
 from ramfs.units import PAGE_SHIFT, LayerId, pages
 
-#: Pages that are looked at in one go: 64 MiB.
+#: Pages that are looked at in one go: 64 MiB; and how few are left of these when it is time to look at the next ones.
 _WINDOW: Final = 1 << 14
+_SOON: Final = 1 << 11
 #: Pages behind one that was touched that come before all others: 4 MiB.
 _AHEAD: Final = 1 << 10
 #: Touched places that are remembered.
 _TOUCHED: Final = 64
 #: Fetches at the same time, at most; and for how many seconds the source has work: what is touched on a slow line
 #: must not wait long behind it.
-_MOST: Final = 16
+_MOST: Final = 8
 _LEAD: Final = 0.05
+#: The rate is that of the last few seconds.
+_MEMORY: Final = 2.0
+#: Bytes of a piece where somebody has waited so many seconds ago: another one may soon, and for the loop.
+_SMALL: Final = 64 << 10
+_LATELY: Final = 0.05
 #: Seconds after which it is looked anew who names pages of the layer.
 _LOOK_AGAIN: Final = 0.1
 #: ... and of a paused stream, whether something is left to wait for: all may have been touched.
@@ -78,12 +84,17 @@ class Stream:
         self._pager = pager
         self._arrival = arrival
         self._throttle = throttle
-        self._pieces: deque[tuple[int, int]] = deque()
+        self._runs: deque[tuple[int, int]] = deque()
+        self._left = 0
+        """pages in them"""
         self._cursor = 0
         self._end = len(arrival.presence.states)
         self._looking = trio.Lock()
         self._began = 0.0
         self._fetched = 0
+        self._at_once = 2
+        self._piece = NEAR
+        self._more = trio.Event()
         self._users: list[Image] = []
         self._names: dict[LayerId, int] = {}
         self._failed: SourceError | None = None
@@ -97,6 +108,7 @@ class Stream:
         try:
             while not await self._is_complete():
                 self._cursor, self._began, self._fetched = 0, trio.current_time(), 0
+                self._at_once = 2
                 await together(partial(self._work, number) for number in range(_MOST))
                 if self._failed is not None:
                     raise self._failed
@@ -116,36 +128,63 @@ class Stream:
 
     async def _work(self, number: int) -> None:
         """One of several that fetch at the same time."""
-        while self._arrival.is_arriving:
-            while number and number >= self._at_once():
-                if self._cursor >= self._end and not self._pieces:
-                    return
-                await trio.sleep(_LEAD)
-            piece = self._touched() or await self._next()
-            if piece is None:
-                return
-            while self._throttle.paused and self._lacking(*piece):
-                with trio.move_on_after(_PAUSED):
-                    await self._throttle.go.wait()
-            if not self._lacking(*piece):
-                continue
-            await self._throttle.wait((piece[1] - piece[0]) << PAGE_SHIFT)
-            await self._arrival.calm()
-            for run in self._lacking(*piece):  # some may have come meanwhile, or be wanted no more
+        while (piece := await self._turn(number)) is not None:
+            for run in await self._released(*piece):
                 error = await self._arrival.fetch(*run)
                 if error is None:
-                    self._fetched += (run[1] - run[0]) << PAGE_SHIFT
+                    self._adapt((run[1] - run[0]) << PAGE_SHIFT)
                 else:
                     self._failed = error
                     self._arrival.touched.clear()  # or it would try these again and again
+        self._wake()  # those who wait for their turn
 
-    def _at_once(self) -> int:
-        """How many fetches keep the source busy for a moment, at the rate at which they came until now."""
-        spent = trio.current_time() - self._began
-        rate = self._fetched / spent if spent > 0 else 0.0
-        return min(_MOST, 2 + int(rate * _LEAD / LARGEST))
+    async def _turn(self, number: int) -> tuple[int, int] | None:
+        """What one of them is to fetch next, once there are to be so many; None at the end."""
+        while number >= self._at_once and self._arrival.is_arriving and not self._is_at_end:
+            await self._more.wait()
+        if not self._arrival.is_arriving:
+            return None
+        return self._touched() or await self._next()
+
+    async def _released(self, first: int, stop: int) -> list[tuple[int, int]]:
+        """What is lacking of a piece when its time has come: some may have come meanwhile, or be wanted no more."""
+        while self._throttle.paused and self._lacking(first, stop):
+            with trio.move_on_after(_PAUSED):
+                await self._throttle.go.wait()
+        if not self._throttle.paused:
+            await self._throttle.wait((stop - first) << PAGE_SHIFT)
+            await self._arrival.calm()
+        return self._lacking(first, stop)
+
+    def _adapt(self, fetched: int) -> None:
+        """Keep the source busy for a moment, at the rate at which pieces came of late, with as few as that takes."""
+        now = trio.current_time()
+        spent = now - self._began
+        if spent > _MEMORY:
+            spent, self._fetched = spent / 2, self._fetched // 2
+            self._began = now - spent
+        self._fetched += fetched
+        ahead = int(self._fetched / spent * _LEAD) if spent > 0 else 0
+        self._piece = min(max(NEAR, 1 << max(ahead.bit_length() - 2, 0)), LARGEST)
+        before, self._at_once = self._at_once, min(_MOST, 2 + ahead // self._piece)
+        if before < self._at_once:
+            self._wake()
+
+    def _wake(self) -> None:
+        self._more.set()
+        self._more = trio.Event()
 
     # -- what comes next
+
+    @property
+    def _is_at_end(self) -> bool:
+        return self._cursor >= self._end and not self._runs
+
+    @property
+    def _pages(self) -> int:
+        """How many the next piece may have."""
+        lately = trio.current_time() - self._arrival.touched_at < _LATELY
+        return (_SMALL if lately else self._piece) >> PAGE_SHIFT
 
     def _touched(self) -> tuple[int, int] | None:
         """A piece behind a page that was touched lately."""
@@ -153,23 +192,35 @@ class Stream:
         del touched[:-_TOUCHED]
         while touched:
             at = touched[-1]
-            pieces = self._arrival.pieces(self._lacking(at, min(at + _AHEAD, self._end)))
-            if pieces:
-                return pieces[0]
+            runs = self._lacking(at, min(at + _AHEAD, self._end))
+            if runs:
+                first, stop = runs[0]
+                return first, min(stop, first + self._pages)
             touched.pop()
         return None
 
     async def _next(self) -> tuple[int, int] | None:
         """The next piece in order; None when the end is reached."""
-        while not self._pieces:
+        while self._cursor < self._end and (not self._runs or (self._left < _SOON and not self._looking.locked())):
             async with self._looking:
-                while not self._pieces and self._cursor < self._end:
-                    first, self._cursor = self._cursor, min(self._cursor + _WINDOW, self._end)
-                    await self._note_zeros(first, self._cursor)
-                    self._pieces.extend(self._arrival.pieces(self._lacking(first, self._cursor)))
-            if not self._pieces and self._cursor >= self._end:
-                return None
-        return self._pieces.popleft()
+                if self._left < _SOON and self._cursor < self._end:
+                    await self._look_at(self._cursor, min(self._cursor + _WINDOW, self._end))
+        if not self._runs:
+            return None
+        first, end = self._runs.popleft()
+        stop = min(end, first + self._pages)
+        self._left -= stop - first
+        if stop < end:
+            self._runs.appendleft((stop, end))
+        return first, stop
+
+    async def _look_at(self, first: int, stop: int) -> None:
+        """Note what is to be fetched of the next window."""
+        await self._note_zeros(first, stop)
+        self._cursor = stop
+        found = self._lacking(first, stop)
+        self._runs.extend(found)
+        self._left += sum(b - a for a, b in found)
 
     async def _note_zeros(self, first: int, stop: int) -> None:
         """Ask the source what it has only zeros of."""

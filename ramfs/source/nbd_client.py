@@ -129,6 +129,8 @@ class NbdSource:
         # The second one is for urgent reads alone.
         self._urgent = lanes[1 if len(lanes) > 1 else 0]
         self._calm = [lane for lane in lanes if lane is not self._urgent] or lanes
+        self._known = Extent(0, 0, False)
+        """the last one that the server told of: often it goes on far behind what was asked for"""
 
     @property
     def connections(self) -> int:
@@ -163,21 +165,27 @@ class NbdSource:
         return None if command.settled and command.error is None else partial(lane.finish, command)
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
-        """What the server's ``base:allocation`` says of at most the next 64 MiB; nothing where it has none."""
-        lane = self._calmest()
+        """What the server's ``base:allocation`` says; nothing where it has none. It is asked of at most 64 MiB.
+
+        What it has told behind the end of an earlier range is not asked for again: some servers look for the end of an
+        extent each time, however far away that is.
+        """
+        lane, end = self._calmest(), offset + length
         if lane.connection.context is None:
             await lane.alive()
             return [Extent(offset, length, False)]
-        end = offset + length
-        start = offset - offset % self.alignment
-        ask = min(-(-end // self.alignment) * self.alignment, start + MAX_EXTENTS, self.size) - start
-        command = await lane.perform(lambda connection: connection.block_status(start, ask))
-        found = []
-        for extent in command.extents or ():
-            low, high = max(extent.offset, offset), min(extent.offset + extent.length, end)
-            if low < high:
-                found.append(Extent(low, high - low, extent.zero))
-        return found or [Extent(offset, min(length, ask), False)]
+        if self._known.offset <= offset < self._known.offset + self._known.length:
+            await lane.alive()
+            told = [self._known]
+        else:
+            start = offset - offset % self.alignment
+            ask = min(-(-end // self.alignment) * self.alignment, start + MAX_EXTENTS, self.size) - start
+            command = await lane.perform(lambda connection: connection.block_status(start, ask))
+            told = command.extents or []
+            self._known = told[-1] if told else self._known
+        cut = ((max(each.offset, offset), min(each.offset + each.length, end), each.zero) for each in told)
+        found = [Extent(low, high - low, zero) for low, high, zero in cut if low < high]
+        return found or [Extent(offset, min(length, self.alignment), False)]
 
     def _calmest(self) -> "_Lane":
         if len(self._calm) == 1:

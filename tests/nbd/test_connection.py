@@ -510,9 +510,12 @@ def test_lies_about_extents(words: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["structured", "extended"])
-def test_extents_are_cut_to_the_range(mode: str) -> None:
-    command = misread(pairs(100, 2, 0xFFFFFFFF, 1), mode, status=True)
-    assert command.extents == [Extent(0, 100, True), Extent(100, LENGTH - 100, False)]
+def test_the_last_extent_may_go_on_behind_the_range_but_not_behind_the_export(mode: str) -> None:
+    for said, told in ((LENGTH - 100, LENGTH - 100), (LENGTH, LENGTH), (0xFFFFFFFF, 2 * LENGTH - 100)):
+        command = misread(pairs(100, 2, said, 1), mode, status=True)
+        assert command.extents == [Extent(0, 100, True), Extent(100, told, False)]
+    most = (1 << 64) - 1 if mode == "extended" else (1 << 32) - 1
+    assert misread(pairs(most, 0), mode, status=True).extents == [Extent(0, 2 * LENGTH, False)]
     assert misread(pairs(7, 3), mode, status=True).extents == [Extent(0, 7, True)]
     many = misread(pairs(*[1, 0, 1, 2] * (LENGTH // 2)), mode, status=True).extents
     assert many is not None

@@ -87,6 +87,22 @@ async def test_simple_replies(disk: Path) -> None:
 
 
 @on_trio
+async def test_what_is_known_of_the_rest_is_not_asked_for_again(tmp_path: Path) -> None:
+    """Of an extent that goes on behind the 64 MiB of a question, each further question would look for the end again."""
+    data, size = 80 * MB, 90 * MB
+    disk, log = tmp_path / "disk", tmp_path / "log"
+    disk.write_bytes(bytes(MB) * (data // MB))
+    os.truncate(disk, size)
+    with nbdkit("--filter=log", "file", disk, f"logfile={log}") as uri:
+        async with opened(uri) as source:
+            assert await source.extents(0, MB) == [Extent(0, MB, False)]
+            assert await all_extents(source) == [Extent(0, data, False), Extent(data, size - data, True)]
+            assert await source.extents(size - 4096, 9) == [Extent(size - 4096, 9, True)]
+    asked = [line.partition("offset=")[2].split()[0] for line in log.read_text().splitlines() if " Extents " in line]
+    assert asked == ["0x0", hex(data)]
+
+
+@on_trio
 async def test_several_connections(disk: Path) -> None:
     with nbdkit("file", disk) as uri:
         for connections in (1, 2, 4):

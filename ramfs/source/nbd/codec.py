@@ -344,8 +344,11 @@ def hole(data: memoryview) -> tuple[int, int]:
     return _HOLE.unpack(data)
 
 
-def extents(data: memoryview, context: int, offset: int, length: int, *, extended: bool) -> list[Extent]:
-    """What a BLOCK_STATUS chunk tells of a range of at least one byte, cut to the range, neighbours joined."""
+def extents(data: memoryview, context: int, offset: int, length: int, size: int, *, extended: bool) -> list[Extent]:
+    """What a BLOCK_STATUS chunk tells of a range of at least one byte of an export of ``size``, neighbours joined.
+
+    The last one may go on behind the range: the server knows that already.
+    """
     number = ">u8" if extended else ">u4"
     head = 8 if extended else 4  # the context's number; and how many there are
     each = 2 * np.dtype(number).itemsize
@@ -361,8 +364,8 @@ def extents(data: memoryview, context: int, offset: int, length: int, *, extende
     ends = np.minimum(pairs[:, 0], length).astype(np.int64).cumsum()
     if len(ends) > 1 and ends[-2] >= length:
         raise SourceBroken("tells of extents behind the range that was asked for")
+    ends[-1] = min((int(ends[-2]) if len(ends) > 1 else 0) + int(pairs[-1, 0]), size - offset)
     zero = (pairs[:, 1] & _STATE_ZERO) != 0
-    np.minimum(ends, length, out=ends)
     found = []
     start = 0
     stops = dict.fromkeys((0, len(zero)))

@@ -488,7 +488,9 @@ class Connection:
         else:
             if self.context is None or command.extents is not None:
                 raise SourceBroken("tells of extents twice, or unasked")
-            command.extents = codec.extents(data, self.context, command.offset, command.length, extended=self.extended)
+            command.extents = codec.extents(
+                data, self.context, command.offset, command.length, self.size, extended=self.extended
+            )
         return self._chunk_done()
 
     def _chunk_done(self) -> Command | None:
