@@ -760,8 +760,8 @@ class Namespace:
                 elif child is not None and child.image is not None:
                     yield path + name, child
 
-    def frozen_below(self, root: Inode) -> Iterator[tuple[bytes, ImageId]]:
-        """The frozen regular files at or below an inode, each once, with their paths from there."""
+    def _contents_below(self, root: Inode) -> Iterator[tuple[bytes, ImageId, bool]]:
+        """The regular files at or below an inode, each once: path from there, image, whether it is frozen."""
         todo, seen = [(root.ino, b"")], set[InodeNumber]()
         while todo:
             ino, path = todo.pop()
@@ -769,11 +769,19 @@ class Namespace:
             if row is None or ino in seen:
                 continue
             seen.add(ino)
-            if row["image"] is not None and row["frozen"]:
-                yield path, ImageId(row["image"])
+            if row["image"] is not None:
+                yield path, ImageId(row["image"]), bool(row["frozen"])
             elif stat.S_ISDIR(row["mode"]):
                 below = path + b"/" if path else b""
                 todo += [(child, below + name) for _, name, child in reversed(list(self.names(ino)))]
+
+    def frozen_below(self, root: Inode) -> Iterator[tuple[bytes, ImageId]]:
+        """The frozen regular files at or below an inode, each once, with their paths from there."""
+        return ((path, image) for path, image, frozen in self._contents_below(root) if frozen)
+
+    def images_below(self, root: Inode) -> set[ImageId]:
+        """The contents of the regular files at or below an inode."""
+        return {image for _, image, _ in self._contents_below(root)}
 
     def is_snapshot(self, inode: Inode) -> bool:
         """Is it the top of a snapshot?"""
@@ -792,21 +800,6 @@ class Namespace:
                     yield path + row["name"], ImageId(row["image"]), row["mode"]
                 elif stat.S_ISDIR(row["mode"]):
                     todo.append((row["ino"], path + row["name"] + b"/"))
-
-    def images_below(self, root: Inode) -> set[ImageId]:
-        """The contents of the regular files at or below an inode."""
-        todo, seen, found = [root.ino], set[InodeNumber](), set[ImageId]()
-        while todo:
-            ino = todo.pop()
-            row = self.catalog.row("SELECT mode, image FROM inodes WHERE ino = ?", ino)
-            if row is None or ino in seen:
-                continue
-            seen.add(ino)
-            if row["image"] is not None:
-                found.add(ImageId(row["image"]))
-            elif stat.S_ISDIR(row["mode"]):
-                todo += [child for _, _, child in self.names(ino)]
-        return found
 
     def direct_below(self, root: Inode) -> list[ImageId]:
         """The direct images of a tree: few, so that looking where each of them lies is soon done."""

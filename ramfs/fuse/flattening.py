@@ -44,8 +44,7 @@ class Flattening(Job):
         self._told["error"]["path"] = os.fsdecode(self._files[self._done][0])
 
     async def _flatten(self, number: ImageId) -> dict[str, Any]:
-        row = self._pager.store.catalog.row("SELECT id FROM images WHERE id = ?", number)
-        if row is None:
+        if not self._pager.images.exists(number):
             raise FileError(errno.ENOENT, "it was deleted meanwhile")
         image = self._pager.images.acquire(number)
         try:

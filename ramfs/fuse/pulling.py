@@ -24,15 +24,17 @@ from ramfs.fuse.like import Likeness, like_path, newest_like
 from ramfs.namespace import Caller, Namespace
 from ramfs.pager import Known
 from ramfs.source.base import SourceDirectory
-from ramfs.source.manifest import NAME, File, fetch_manifest
+from ramfs.source.manifest import NAME, File, fetch_manifest, is_path
 from ramfs.source.opening import names_one
 from ramfs.store.images import Image
-from ramfs.units import MAX_FILE_SIZE, MAX_NAME, PAGE_SHIFT
+from ramfs.units import MAX_FILE_SIZE, PAGE_SHIFT
 
 log = logging.getLogger(__name__)
 
 #: The file of an export that has no name, the default of many servers.
 UNNAMED: Final = "default"
+#: Names that lead to something else than a file.
+_RESERVED: Final = {b".snap", b".guest", b".ramfs"}
 #: Files that a source is asked for at once.
 _AT_ONCE: Final = 8
 #: Files of one pull, at most.
@@ -200,11 +202,8 @@ def _check_paths(paths: dict[str, str], count: int, where: str) -> None:
 
 
 def _fit_path(path: str) -> bool:
-    parts = [os.fsencode(part) for part in path.split("/")]
-    return not any(
-        part in (b"", b".", b"..", b".snap", b".guest", b".ramfs") or b"\0" in part or len(part) > MAX_NAME
-        for part in parts
-    )
+    name = os.fsencode(path)
+    return is_path(name) and _RESERVED.isdisjoint(name.split(b"/"))
 
 
 #: Seconds that another source has to answer.

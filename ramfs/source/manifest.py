@@ -174,7 +174,7 @@ def _take_apart(memory: mmap.mmap, count: int, size: int, first: int, where: str
             raise SourceBroken(f"{where}: a manifest with an impossible file")
         path = memory[at : at + length]
         is_new = _order(path) > _order(before) and not (before and path.startswith(before + b"/"))
-        if any(memory[at + length : at + _padded(length)]) or not is_new or not _is_path(path):
+        if any(memory[at + length : at + _padded(length)]) or not is_new or not is_path(path):
             raise SourceBroken(f"{where}: a manifest with an impossible name: {path[:MAX_NAME]!r}")
         at, before = at + _padded(length), path
         total = pages(bytes_)
@@ -193,7 +193,7 @@ def _take_apart(memory: mmap.mmap, count: int, size: int, first: int, where: str
     return files
 
 
-def _is_path(path: bytes) -> bool:
+def is_path(path: bytes) -> bool:
     """Can it be the path of a file below a directory?"""
     parts = path.split(b"/")
     return b"\0" not in path and all(part not in (b"", b".", b"..") and len(part) <= MAX_NAME for part in parts)

@@ -12,10 +12,10 @@ from typing import Final
 
 import trio
 
-from ramfs.errors import SourceRefused, UsageError
+from ramfs.errors import UsageError
 from ramfs.source.base import PageSource, SourceDirectory
 from ramfs.source.fault import PREFIX, FaultDirectory, Faults
-from ramfs.source.file import FileDirectory, FileSource
+from ramfs.source.file import FileDirectory
 from ramfs.source.nbd.uri import parse
 from ramfs.source.nbd_client import NbdDirectory
 
@@ -80,9 +80,8 @@ class Opener:
             path = uri.removeprefix(_FILE)
             if not path.startswith("/"):
                 raise UsageError(f"{uri} does not name a file by its whole path: file:/PATH")
-            if await trio.to_thread.run_sync(os.path.isdir, path):
-                return FileDirectory(path, not_on=self._own_device())
-            return _OneFile(path, self._own_device())
+            device = self._own_device()
+            return await trio.to_thread.run_sync(lambda: FileDirectory(path, not_on=device))
         parsed = parse(uri)
         directory = NbdDirectory(parsed)
         return _OneExport(directory, parsed.export) if parsed.export else directory
@@ -111,25 +110,3 @@ class _OneExport:
     async def aclose(self) -> None:
         """Close the directory."""
         await self._directory.aclose()
-
-
-class _OneFile:
-    """A local file, as a directory with nothing else in it."""
-
-    def __init__(self, path: str, own_device: int | None) -> None:
-        self.description = path
-        self._name = os.path.basename(path)
-        self._own_device = own_device
-
-    async def names(self) -> list[str]:
-        """Its name."""
-        return [self._name]
-
-    async def open(self, name: str) -> PageSource:
-        """Open it. Raises SourceRefused."""
-        if name != self._name:
-            raise SourceRefused(f"{self.description} is one file, and has no {name}")
-        return await trio.to_thread.run_sync(lambda: FileSource(self.description, not_on=self._own_device))
-
-    async def aclose(self) -> None:
-        """Nothing is open."""

@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, NamedTuple
 
 import trio
@@ -122,19 +123,11 @@ class RetrySource:
 
     async def read_into(self, offset: int, buffer: memoryview, *, urgent: bool = False) -> None:
         """Fill ``buffer``, however long it takes. Raises SourceLost after the deadline, or when it is closed."""
-
-        async def read(source: PageSource) -> None:
-            await read_whole(source, offset, buffer, urgent=urgent)
-
-        await self._persist(read)
+        await self._persist(partial(read_whole, offset=offset, buffer=buffer, urgent=urgent))
 
     async def attempt(self, offset: int, buffer: memoryview, *, urgent: bool = False) -> SourceError | None:
         """As :meth:`read_into`, but an error of this read alone is returned, and the buffer has nothing then."""
-
-        async def read(source: PageSource) -> None:
-            await read_whole(source, offset, buffer, urgent=urgent)
-
-        return await self._persist(read, patient=False)
+        return await self._persist(partial(read_whole, offset=offset, buffer=buffer, urgent=urgent), patient=False)
 
     def read_soon(self, offset: int, buffer: memoryview, patience: float) -> Rest | None:
         """See ramfs.source.base.read_soon. What is left also raises an error of this read alone."""

@@ -81,7 +81,7 @@ class Leaving:
     def commit(self) -> bool:
         """Loop. False if the image was deleted meanwhile."""
         catalog, image = self.images.catalog, self.image
-        if catalog.row("SELECT id FROM images WHERE id = ?", image.id) is None:
+        if not self.images.exists(image.id):
             return False
         with catalog.transaction():
             catalog.execute("UPDATE images SET direct = 0 WHERE id = ?", image.id)

@@ -67,7 +67,7 @@ class Entry:
         image = self.image
         if image.live is not self._live or image.size != self._size or image.frozen or image.direct is not None:
             return True
-        if self.store.catalog.row("SELECT id FROM images WHERE id = ?", image.id) is None:
+        if not self.store.images.exists(image.id):
             return True
         now = self._look()
         return len(now) != len(self._parts) or not all(

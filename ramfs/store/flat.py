@@ -174,7 +174,7 @@ class Flatten:
         return complete
 
     def _check_there(self) -> None:
-        if self.store.catalog.row("SELECT id FROM images WHERE id = ?", self.image.id) is None:
+        if not self.store.images.exists(self.image.id):
             raise FileError(errno.ENOENT, "it was deleted meanwhile")
 
     def close(self) -> None:

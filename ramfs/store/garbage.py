@@ -93,7 +93,7 @@ class Pass:
         """files to look at: the places of their pages, from and to"""
         waiting = {layers[n].base for n in images.replaced if n in layers.by_id} - layers.held
         # What a direct image's file has is what the image has.
-        waiting -= {row["live"] for row in store.catalog.execute("SELECT live FROM images WHERE direct")}
+        waiting -= images.direct_layers()
         images.replaced = self._take(waiting)
         images.shared_meanwhile = set()
         images.synced_meanwhile = set()
@@ -361,7 +361,7 @@ class Merge:
         images.replaced |= {self.target, *self.sources}  # pages without a name: in these if it is done, else in it
         if not shared.isdisjoint([self.target, *self.sources]):
             return
-        if self.store.catalog.row("SELECT id FROM images WHERE id = ?", self.image) is None:
+        if not images.exists(self.image):
             return
         image = images.acquire(self.image)
         try:

@@ -414,6 +414,10 @@ class Images:
         """Is there such an image? (One that was deleted may still be in use.)"""
         return self.catalog.row("SELECT id FROM images WHERE id = ?", number) is not None
 
+    def direct_layers(self) -> set[LayerId]:
+        """The layers whose files are direct images."""
+        return {LayerId(row["live"]) for row in self.catalog.execute("SELECT live FROM images WHERE direct")}
+
     def release(self, image: Image) -> None:
         """One user of the image less."""
         image.users -= 1

@@ -171,8 +171,7 @@ class Store:
         self._doom_unnamed()
         rows = self.catalog.execute("SELECT id FROM images WHERE NOT frozen").fetchall()
         self.images.doubtful = {row["id"] for row in rows} - self.images.direct
-        live = {row["live"] for row in self.catalog.execute("SELECT live FROM images WHERE direct")}
-        files = {layer.id for layer in self.layers.by_id.values() if not layer.is_alias} - live
+        files = {layer.id for layer in self.layers.by_id.values() if not layer.is_alias} - self.images.direct_layers()
         self.images.unsynced |= files
         self.layers.unsynced_names |= files
         self.outcomes.take_over()
