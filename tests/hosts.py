@@ -21,6 +21,7 @@ class Host:
 
     def __init__(self, address: str) -> None:
         self.address = address
+        self.peer: Host | None = None
         # cat ends when its standard input does; that it answers tells that the namespace is there.
         self._holder = subprocess.Popen(["unshare", "--net", "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._holder.stdin is not None
@@ -47,6 +48,9 @@ class Host:
     def mend(self) -> None:
         """Put the cable in again."""
         self.run("ip", "link", "set", "cable", "up")
+        for host in filter(None, (self, self.peer)):
+            # A host that was asked for in vain while it was out of reach counts as unreachable for seconds.
+            host.run("ip", "neighbour", "flush", "dev", "cable")
 
     def lose(self, percent: float) -> None:
         """Lose this part of the packets that arrive, at random. (Many kernels come without netem.)"""
@@ -91,8 +95,10 @@ def hosts() -> Iterator[tuple[Host, Host]]:
             stack.callback(host.close)
             pair.append(host)
         a, b = pair
+        a.peer, b.peer = b, a
         a.run(*f"ip link add cable type veth peer name cable netns {b.pid}".split())
         for host in pair:
             host.run("ip", "address", "add", f"{host.address}/24", "dev", "cable")
+        for host in pair:
             host.mend()
         yield a, b
