@@ -5,6 +5,8 @@ in those that pyfuse3 was linked to. So ``_native`` must come first, and pyfuse3
 this module only.
 """
 
+import errno
+import logging
 import os
 import sys
 from types import ModuleType
@@ -34,6 +36,16 @@ def _load() -> ModuleType:
 native = _load()
 
 import pyfuse3  # noqa: E402  (its place here is the point of this module)
+
+#: A request that nobody waits for any more: who asked was killed, or the mount was taken down. libfuse is silent on it.
+_NO_REQUEST = os.strerror(errno.ENOENT)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not (str(record.msg).endswith("fuse_reply_* failed with %s") and record.args == (_NO_REQUEST,))
+
+
+logging.getLogger(pyfuse3.__name__).addFilter(_is_news)
 
 __all__ = ["kernel_resends", "native", "pyfuse3"]
 

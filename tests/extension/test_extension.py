@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from harness import Mount
+
+from ramfs.fuse.extension import pyfuse3
 
 
 def run(code: str, **env: str) -> str:
@@ -46,6 +51,19 @@ def test_a_libfuse_that_is_too_old_is_refused(tmp_path: Path, missing: str) -> N
     assert said.count("\n") == 1
     assert "lacks what ramfs needs" in said
     assert not (tmp_path / "store").exists()
+
+
+def test_a_reply_that_comes_too_late_is_no_error(
+    caplog: pytest.LogCaptureFixture, expect_log: Callable[[str], None]
+) -> None:
+    """As for a RELEASE that was being answered while the mount was taken down."""
+    expect_log("Input/output error")
+    words = "fuse_release(): fuse_reply_* failed with %s"
+    for code in (errno.ENOENT, errno.EIO):
+        logging.getLogger("pyfuse3").error(words, os.strerror(code))
+    assert caplog.messages == [words % os.strerror(errno.EIO)]
+    handlers = Path(pyfuse3.__file__).with_name("handlers.pxi").read_text()
+    assert f"log.error('{words}', strerror(-ret))" in handlers, "pyfuse3 says it in other words"
 
 
 def test_limits_reach_the_kernel(mounted: Mount) -> None:
