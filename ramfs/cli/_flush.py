@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from ramfs.errors import FileError
-from ramfs.store.files import cachestat
+from ramfs.store.cachestat import cachestat
 from ramfs.units import PAGE
 
 T = TypeVar("T")

@@ -12,8 +12,9 @@ What happens with a guest, and what is undone when a step fails:
     mkdir ``.snap/NAME``        the older ``state`` is put back, the guest is continued
     cont                        the snapshot is whole and stays; the guest's owner is told
 
-A guest that was not running before is not continued afterwards. Two snapshots of one directory at a time are
-refused, so a temporary file that is found is one that a killed command left, and is removed.
+A guest that was not running before is not continued afterwards, nor is any with ``--stop`` when all went well. Two
+snapshots of one directory at a time are refused, so a temporary file that is found is one that a killed command left,
+and is removed.
 """
 
 import asyncio
@@ -35,7 +36,7 @@ import click
 from ramfs import qmp
 from ramfs.cli._flush import Round, flush, in_thread, regular_files, rounds
 from ramfs.cli.flatten import Results, flatten_below, print_results
-from ramfs.errors import BadName, FileError, MountError, NameTooLong, QmpError, RamfsError
+from ramfs.errors import BadName, FileError, MountError, NameTooLong, QmpError, RamfsError, UsageError
 from ramfs.units import MAX_NAME
 
 T = TypeVar("T")
@@ -64,6 +65,8 @@ class Report:
     save: float | None = None
     freeze: float | None = None
     state_bytes: int | None = None
+    #: Seconds since the epoch: when it was stopped, if it stays so.
+    stopped_at: float | None = None
     notes: list[str] = field(default_factory=list)
 
     def flushed(self) -> int | None:
@@ -131,12 +134,13 @@ class Signals:
 class Snapshot:
     """One run of the command."""
 
-    def __init__(self, directory: str, name: str, limit: int, *, quiet: bool) -> None:
+    def __init__(self, directory: str, name: str, limit: int, *, quiet: bool, stop: bool = False) -> None:
         self.directory = directory
         self.target = os.path.join(directory, ".snap", name)
         self.name = name
         self.limit = limit
         self.quiet = quiet
+        self.stop = stop
         self.report = Report(self.target)
         self.signals = Signals()
 
@@ -174,7 +178,7 @@ class Snapshot:
 
     async def _pause_for(self, work: Coroutine[Any, Any, None], guest: qmp.Qmp, was_running: bool) -> None:
         """Do the work while the guest is stopped, and let it go on whatever came of that."""
-        begin = time.monotonic()
+        begin, stopped_at = time.monotonic(), time.time()
         try:
             if was_running:
                 await guest.stop()
@@ -191,7 +195,9 @@ class Snapshot:
                     raise QmpError(f"{str(error) or 'interrupted'}; the guest stays stopped: {refusal}") from error
             raise
         self.signals.undoing()
-        if was_running:
+        if was_running and self.stop:
+            self.report.stopped_at = stopped_at
+        elif was_running:
             try:
                 await guest.cont()
             except QmpError as error:
@@ -341,20 +347,25 @@ class Snapshot:
     show_default=True,
     help="Flush at most N times while the guest runs.",
 )
+@click.option("--stop", is_flag=True, help="Leave the guest stopped, for another QEMU to go on with it.")
 @click.option("--flat", is_flag=True, help="Flatten what was frozen (see flatten), when the guest runs on.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
-def snapshot(directory: str, name: str, socket: str | None, limit: int, flat: bool, as_json: bool) -> None:
+def snapshot(
+    directory: str, name: str, socket: str | None, limit: int, stop: bool, flat: bool, as_json: bool
+) -> None:  # fmt: skip
     """Freeze all of DIR as DIR/.snap/NAME.
 
     What the guest has written to its RAM is flushed first, in rounds, so that the freeze itself is short.
 
     With --qmp the guest is stopped for the last round, the state of its devices is saved to DIR/state,
-    and after the freeze it runs on. A copy of DIR/.snap/NAME is a clone of the guest: start QEMU on it with
-    -incoming defer, set the migration capability x-ignore-shared, load the state, cont.
+    and after the freeze it runs on, but not with --stop. A copy of DIR/.snap/NAME is a clone of the guest:
+    start QEMU on it with -incoming defer, set the migration capability x-ignore-shared, load the state, cont.
     """
+    if stop and socket is None:
+        raise UsageError("--stop is for the guest of --qmp: give its socket too")
     _check_name(name)
     _check_directory(directory)
-    run = Snapshot(directory, name, limit, quiet=as_json)
+    run = Snapshot(directory, name, limit, quiet=as_json, stop=stop)
     with _only_one(directory):
         if os.path.lexists(run.target):
             raise run._exists()
@@ -369,6 +380,8 @@ def snapshot(directory: str, name: str, socket: str | None, limit: int, flat: bo
         _say(f"frozen in {_milliseconds(report.freeze)}: {report.snapshot}")
     if report.pause is not None:
         _say(f"the guest paused for {_milliseconds(report.pause)}")
+    elif report.stopped_at is not None:
+        _say(f"the guest was stopped {_milliseconds(time.time() - report.stopped_at)} ago and stays so")
     elif report.state_bytes is not None:
         _say("the guest was stopped before and stays so")
     if flat:

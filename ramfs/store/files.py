@@ -11,14 +11,13 @@ import numpy as np
 
 from ramfs.image.pages import Buffer
 from ramfs.image.table import Mask
+from ramfs.store.cachestat import cachestat
 from ramfs.units import PAGE, PAGE_SHIFT
 
 #: Modes of fallocate(2).
 KEEP_SIZE: Final = 0x01
 PUNCH_HOLE: Final = 0x02
 ZERO_RANGE: Final = 0x10
-
-_CACHESTAT: Final = 451
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _fallocate = _libc.fallocate
@@ -53,30 +52,6 @@ def punch_hole(fd: int, offset: int, length: int) -> bool:
             return False
         raise OSError(code, os.strerror(code))
     return True
-
-
-class _Range(ctypes.Structure):
-    _fields_ = (("offset", ctypes.c_uint64), ("length", ctypes.c_uint64))
-
-
-class CacheStat(ctypes.Structure):
-    """Pages of a file in the page cache."""
-
-    _fields_ = (
-        ("cached", ctypes.c_uint64),
-        ("dirty", ctypes.c_uint64),
-        ("writeback", ctypes.c_uint64),
-        ("evicted", ctypes.c_uint64),
-        ("recently_evicted", ctypes.c_uint64),
-    )
-
-
-def cachestat(fd: int) -> CacheStat | None:
-    """What the page cache has of a file; None on kernels before 6.5, which do not tell."""
-    whole, answer = _Range(0, 0), CacheStat()
-    if _libc.syscall(_CACHESTAT, fd, ctypes.byref(whole), ctypes.byref(answer), 0):
-        return None
-    return answer
 
 
 def dirty_bytes(path: str) -> int | None:

@@ -30,7 +30,7 @@ from mount.posix import (
     status,
 )
 
-from ramfs.store.files import cachestat
+from ramfs.store.cachestat import cachestat
 
 MB = 1 << 20
 SIZE = 4 * MB

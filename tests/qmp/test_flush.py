@@ -31,7 +31,7 @@ def test_files_are_found_once(tmp_path: Path) -> None:
 
 def test_without_cachestat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(b"x")
-    monkeypatch.setattr("ramfs.store.files._CACHESTAT", 100_000)
+    monkeypatch.setattr("ramfs.store.cachestat._CACHESTAT", 100_000)
     assert asyncio.run(flush(str(tmp_path), running=True)).bytes is None
     with open(tmp_path / "file") as file:
         assert dirty_bytes(file.fileno()) is None

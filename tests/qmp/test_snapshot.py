@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import signal
 import stat
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,6 +47,27 @@ def test_saves_the_state_freezes_and_goes_on(directory: Directory, machine: Mach
     assert [each["running"] for each in report["rounds"]][-1] is False
     assert report["notes"] == []
     assert guest.status() == "running"
+
+
+def test_the_guest_stays_stopped_for_another_to_go_on(directory: Directory, machine: Machine) -> None:
+    guest = machine()
+    begun = time.time()
+    done = directory.snapshot("one", "--qmp", str(guest.socket), "--stop", "--json")
+    assert (done.code, done.err) == (0, "")
+    assert begun < done.report["stopped_at"] < time.time()
+    assert done.report["pause"] is None
+    assert directory.snapshots() == ["one"]
+    assert not guest.qmp("query-status")["running"]
+    guest.qmp("cont")
+    done = directory.snapshot("two", "--qmp", str(guest.socket), "--stop")
+    assert re.fullmatch(r"the guest was stopped [\d.]+ m?s ago and stays so", done.out.splitlines()[-1])
+    guest.qmp("cont")
+    done = directory.snapshot("two", "--qmp", str(guest.socket), "--stop")
+    assert done.code != 0
+    assert guest.status() == "running", "it failed"
+    done = directory.snapshot("three", "--stop")
+    assert (done.code, directory.snapshots()) == (2, ["one", "two"])
+    assert "give its socket" in done.err
 
 
 def test_leaves_qemu_as_it_was(directory: Directory, machine: Machine) -> None:

@@ -4,8 +4,8 @@ What happens, and what is undone when a step fails or Ctrl-C comes:
 
     step                                  when it fails
     rounds: snapshot here, pull there     nothing runs there; what was made is removed
-    stop the guest here                   it is continued
-    last snapshot, with its devices       it is continued
+    last snapshot, with its devices,      it is continued
+      which stops the guest here
     pull there, start QEMU, load          that QEMU is ended, the guest here is continued
     order to go on there                  known not to be obeyed: as above; not known: the guest here stays stopped
     end QEMU here                         the guest runs there: nothing is undone from here on
@@ -38,7 +38,7 @@ from typing import Any, NoReturn
 import click
 
 from ramfs import qmp
-from ramfs.cli._flush import in_thread, rounds
+from ramfs.cli._flush import in_thread
 from ramfs.cli._text import duration, human, parse_size
 from ramfs.errors import RamfsError, UsageError
 
@@ -432,19 +432,20 @@ class Migration:
     def _path(self, name: str) -> str:
         return os.path.join(self.directory, ".snap", name)
 
-    async def _freeze(self, name: str, *more: str) -> None:
+    async def _freeze(self, name: str, *more: str) -> dict[str, Any]:
         self.snapshots.append(name)
         words = [sys.executable, "-m", "ramfs", "snapshot", "--json", *more, self.directory, name]
         # Out of reach of the terminal's Ctrl-C: a snapshot is short, and ends whole.
         process = await asyncio.create_subprocess_exec(*words, stdin=-3, stdout=-1, stderr=-1, start_new_session=True)
         try:
-            _, err = await process.communicate()
+            out, err = await process.communicate()
         except asyncio.CancelledError:
             process.send_signal(signal.SIGINT)
             await process.wait()
             raise
         if process.returncode:
             raise Failed(err.decode(errors="replace").strip().removeprefix("ramfs: "))
+        return dict(json.loads(out))
 
     async def _thaw(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -457,14 +458,12 @@ class Migration:
         """Stop here, go on there, and wait until all has arrived."""
         name = f"{self.mark}-last"
         if self.was_running:
-            async for _ in rounds(self.directory, 8):
-                pass
             say("stop")
-            async with qmp.connect(self.socket) as guest:
-                self.stopped_at = time.monotonic()
-                await guest.stop()
+            self.stopped_at = time.time()  # at the earliest
+        report = await self._freeze(name, "--qmp", self.socket, "--stop")
+        if self.was_running:
+            self.stopped_at = report["stopped_at"]
         begin = time.monotonic()
-        await self._freeze(name, "--qmp", self.socket)
         async with self.server.serving(self._path(name)):
             say("pull of what is left")
             pulled = await self._pull(self.target, wait=False)
@@ -472,7 +471,7 @@ class Migration:
             await self.other.do("start", command=self.command, state=os.path.join(self.target, "state"))
             await self._commit()
             if self.stopped_at is not None:
-                self.report.downtime = time.monotonic() - self.stopped_at
+                self.report.downtime = time.time() - self.stopped_at
             self.stopped_at, self.fate = None, ""
             now = "" if self.report.downtime is None else f", after {duration(self.report.downtime)}"
             say(f"the guest is there{now}")
@@ -525,7 +524,7 @@ class Migration:
         try:
             async with qmp.connect(self.socket) as guest:
                 await guest.cont()
-            self.fate = f"the guest goes on here, after {duration(time.monotonic() - self.stopped_at)}"
+            self.fate = f"the guest goes on here, after {duration(time.time() - self.stopped_at)}"
         except RamfsError as error:
             self.fate = f"the guest does not go on here: {error}"
             if self.snapshots and os.path.isfile(os.path.join(self._path(self.snapshots[-1]), "state")):
