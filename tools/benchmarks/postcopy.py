@@ -86,8 +86,7 @@ def move(
     """Take a guest from a directory of one mount to another mount; what that takes, and the guest there."""
     name = bench.fresh("moved").name
     begun = time.monotonic()
-    guest.qmp("stop")
-    run([*bench.ramfs, "snapshot", source, name, "--qmp", guest.socket])
+    run([*bench.ramfs, "snapshot", source, name, "--qmp", guest.socket, "--stop"])
     frozen, port = source / ".snap" / name, free_port()
     ready = bench.fresh("nbdkit.pid")
     command = [
