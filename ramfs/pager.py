@@ -10,37 +10,41 @@ the old entry or the new one, never an entry without its page.
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Final, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Final, TypeVar
 
 import numpy as np
 import trio
 
 from ramfs.errors import FileError, StoreDamaged
 from ramfs.image.pages import Buffer, is_zero, nonzero_pages, span
-from ramfs.image.table import CHUNK, Entries, Mask, equal_runs, runs_of
+from ramfs.image.table import Entries, equal_runs, runs_of
 from ramfs.store import behind, direct
 from ramfs.store.direct import Leaving
 from ramfs.store.entering import Entry
 from ramfs.store.files import punch_hole, sync_data
 from ramfs.store.flat import Flatten, reads_alike, sole_layer
 from ramfs.store.garbage import Pass
-from ramfs.store.gather import LayerPlace
+from ramfs.store.gather import Gathering, LayerPlace, Moved
 from ramfs.store.images import Image, SyncJob, unpack_layers
 from ramfs.store.layers import Layer, Places
-from ramfs.store.presence import ABSENT, ZEROS, Presence
+from ramfs.store.presence import ZEROS
 from ramfs.store.reflink import Cloned, clone_range, entries_of
 from ramfs.store.store import Store
-from ramfs.units import LOST, MAX_FILE_SIZE, PAGE, PAGE_SHIFT, ZERO, ImageId, LayerId, pages
+from ramfs.units import MAX_FILE_SIZE, PAGE, PAGE_SHIFT, ZERO, ImageId, LayerId, pages
+
+T = TypeVar("T")
 
 #: The most that one request copies byte by byte (copy_file_range may answer with less than was asked).
 COPY_AT_ONCE: Final = 8 << 20
 #: Pages that become a hole in one go: 64 MiB, for which a tmpfs needs 15 ms.
 _ZERO_AT_ONCE: Final = 1 << 14
 #: Table entries that are looked at, or set, in one go: about a millisecond.
-_NAMED_AT_ONCE: Final = 1 << 18
+ENTRIES_AT_ONCE: Final = 1 << 18
 #: Bytes of a direct image that are worth a layer of their own when they are copied from it; fewer are copied.
 CLONE_FROM: Final = 1 << 20
+#: How often digests are gathered anew when tables and layers change meanwhile.
+_GATHERINGS: Final = 10
 #: Runs of pages that get into a direct image in one go.
 _RUNS_AT_ONCE: Final = 256
 
@@ -59,20 +63,6 @@ class Absent(Exception):
         self.name = layer if name is None else name
         """what the table calls the layer, and how much further on its pages lie in the file than in the image"""
         self.shift = shift
-
-
-class Known(NamedTuple):
-    """What is known of a file that is to arrive (arrival/known.py). Pages in none of the masks are zeros."""
-
-    digests: str
-    """a file with the digests of all pages, which becomes that of the layer"""
-    wanted: Mask
-    """pages that are to arrive"""
-    lost: Mask
-    """... that are lost at the source"""
-    held: Mask
-    """... that ``local``, a frozen image in use, has at the same place"""
-    local: Image | None
 
 
 #: Table entries of the pages that a range touches, the range's first and last byte, and where layers are mapped.
@@ -251,13 +241,13 @@ class Pager:
             file.write(first << PAGE_SHIFT, data)
             if (old == live.id).all():
                 return
-            self._name(image, first, stop, live.id)
+            self.set_entries(image, first, stop, live.id)
             return
         view = memoryview(data)
         for a, b in runs_of(kept):
             file.write((first + a) << PAGE_SHIFT, view[a << PAGE_SHIFT : b << PAGE_SHIFT])
         emptied = ~kept & (old == live.id)
-        self._name(image, first, stop, np.where(kept, np.uint32(live.id), np.uint32(0)))
+        self.set_entries(image, first, stop, np.where(kept, np.uint32(live.id), np.uint32(0)))
         for a, b in runs_of(emptied):
             file.punch(first + a, first + b)
 
@@ -271,7 +261,7 @@ class Pager:
         if not old.any():
             return
         emptied = image.live is not None and bool((old == image.live.id).any())
-        self._name(image, first, stop, np.uint32(0))
+        self.set_entries(image, first, stop, np.uint32(0))
         if emptied and image.live is not None:
             self.layers.file(image.live).punch(first, stop)
 
@@ -280,8 +270,8 @@ class Pager:
         if image.table.entries[start >> PAGE_SHIFT] != ZERO:
             self._write_within(image, start, bytes(stop - start))
 
-    def _name(self, image: Image, first: int, stop: int, entries: Entries | np.uint32 | LayerId) -> None:
-        """Set table entries and store them; note the layers that they named before."""
+    def set_entries(self, image: Image, first: int, stop: int, entries: Entries | np.uint32 | LayerId) -> None:
+        """Set table entries and store them, or raise OSError and change none. Notes the layers that they named before."""
         table = image.table
         table.mark(first, stop)
         part = table.entries[first:stop]
@@ -430,8 +420,8 @@ class Pager:
         table, stop = image.table, image.pages
         if self.layers.arriving.isdisjoint(image.layers):
             return table.find(first, stop, stored=stored)
-        for low in range(first, stop, _NAMED_AT_ONCE):
-            entries = table.entries[low : min(low + _NAMED_AT_ONCE, stop)]
+        for low in range(first, stop, ENTRIES_AT_ONCE):
+            entries = table.entries[low : min(low + ENTRIES_AT_ONCE, stop)]
             there = entries != ZERO
             for number in image.layers:
                 layer = self.layers[number]
@@ -524,10 +514,26 @@ class Pager:
         done = first
         for low, entries in [*parts, (stop, np.zeros(0, np.uint32))]:
             for a, b in target.table.regions(first=done, stop=low):
-                self._name(target, a, b, np.uint32(0))
+                self.set_entries(target, a, b, np.uint32(0))
             if len(entries):
-                self._name(target, low, low + len(entries), entries)
+                self.set_entries(target, low, low + len(entries), entries)
             done = low + len(entries)
+
+    def _shift(self, parts: list[tuple[int, Entries]], shift: int) -> set[LayerId]:
+        """Let entries name aliases, for pages that are to be found at other places than where they lie."""
+        named: set[LayerId] = set()
+        for _, entries in parts:
+            known = np.unique(entries)
+            known = known[known != ZERO]
+            aliases = np.array([self.layers.alias(self.layers[n], shift).id for n in known.tolist()], np.uint32)
+            stored = entries != ZERO
+            entries[stored] = aliases[np.searchsorted(known, entries[stored])]
+            named.update(LayerId(n) for n in aliases.tolist())
+        return named
+
+    def freeze(self, image: Image) -> Image:
+        """A frozen image of the same contents. Call in a transaction."""
+        return self.images.copy(image, frozen=True)
 
     # -- direct images
 
@@ -670,146 +676,6 @@ class Pager:
         if image.direct is not None:
             await trio.to_thread.run_sync(sync_data, image.direct)
 
-    def _shift(self, parts: list[tuple[int, Entries]], shift: int) -> set[LayerId]:
-        """Let entries name aliases, for pages that are to be found at other places than where they lie."""
-        named: set[LayerId] = set()
-        for _, entries in parts:
-            known = np.unique(entries)
-            known = known[known != ZERO]
-            aliases = np.array([self.layers.alias(self.layers[n], shift).id for n in known.tolist()], np.uint32)
-            stored = entries != ZERO
-            entries[stored] = aliases[np.searchsorted(known, entries[stored])]
-            named.update(LayerId(n) for n in aliases.tolist())
-        return named
-
-    def freeze(self, image: Image) -> Image:
-        """A frozen image of the same contents. Call in a transaction."""
-        return self.images.copy(image, frozen=True)
-
-    # -- arriving layers
-
-    def begin_arrival(self, image: Image, size: int, known: Known | None) -> tuple[Layer | None, int]:
-        """Let an image, empty until now, have ``size`` bytes that are still elsewhere. Call in a transaction.
-
-        Returns the layer that they arrive in, None if by what is ``known`` nothing has to arrive; and how many pages
-        were named that are here.
-        """
-        count = pages(size)
-        image.table.resize(count)
-        layer, taken = None, 0
-        if known is None:
-            layer = self.layers.create_arriving(size)
-            self.images.name_layers(image, {layer.id})
-            for low in range(0, count, _NAMED_AT_ONCE):
-                self._name(image, low, min(low + _NAMED_AT_ONCE, count), np.uint32(layer.id))
-        else:
-            entries = self._entries_held(known)
-            taken = int(np.count_nonzero(entries))
-            wanted = known.wanted | known.held & (entries == ZERO)
-            named = {LayerId(number) for number in np.unique(entries).tolist()} - {ZERO}
-            entries[known.lost] = LOST
-            if wanted.any():
-                layer = self.layers.create_arriving(size, known.digests)
-                named.add(layer.id)
-                entries[wanted] = layer.id
-                assert layer.presence is not None
-                layer.presence.set(0, np.where(wanted, np.uint8(ABSENT), np.uint8(ZEROS)))
-            self.images.name_layers(image, named)
-            for first, stop in _used_chunks(entries):
-                self._name(image, first, stop, entries[first:stop])
-        if layer is not None:
-            self.images.unsynced.add(layer.id)  # its files are new
-        image.size = size
-        image.touch()
-        return layer, taken
-
-    def _entries_held(self, known: Known) -> Entries:
-        """Table entries for the pages that are held, zero for those that are so no more and for all others."""
-        entries = np.zeros(len(known.held), np.uint32)
-        local = known.local
-        if local is None or not self.images.exists(local.id):
-            return entries  # deleted meanwhile
-        where = np.flatnonzero(known.held)
-        found = local.table.entries[where]
-        for number in np.unique(found).tolist():
-            layer = self.layers.by_id.get(number)
-            if layer is None:
-                found[found == number] = ZERO
-            elif layer.presence is not None:
-                of_it = np.flatnonzero(found == number)
-                found[of_it[layer.presence.states[where[of_it] + layer.shift] == ABSENT]] = ZERO
-        entries[where] = found
-        return entries
-
-    def lacking(self, image: Image) -> set[LayerId]:
-        """The arriving layers that have pages of an image which are not here."""
-        found: set[LayerId] = set()
-        for number in image.layers & self.layers.arriving:
-            layer = self.layers[number]
-            if layer.presence is None or layer.base in found:
-                continue
-            for first, stop in image.table.regions(stop=image.pages):
-                states = layer.presence.at(first + layer.shift, stop + layer.shift)
-                if ((image.table.entries[first:stop] == number) & (states == ABSENT)).any():
-                    found.add(layer.base)
-                    break
-        return found
-
-    async def complete(self, layer: Layer) -> bool:
-        """If all that tables name of an arriving layer is here, it is a sealed one like any other from now on.
-
-        First no table names any more what was found to be zeros: it has no page for that. False if something is
-        absent. Raises OSError.
-        """
-        presence, images, catalog = layer.presence, self.images, self.store.catalog
-        if presence is None or layer.id not in self.layers.arriving:
-            return False
-        while True:
-            sharings = images.sharings
-            names = self.layers.names_of(layer)
-            for number in images.naming(names):
-                if not await self._unname_zeros(number, names, presence):
-                    return False
-            async with self._sync_lock:
-                await self._run(images.sync_job([], [layer.id]))
-            if layer.id not in self.layers.arriving:  # deleted meanwhile
-                return False
-            if images.sharings == sharings:  # else a table may have got an entry after it was looked at
-                break
-        with catalog.transaction():
-            self.layers.complete(layer)
-        self.layers.forget_presence(layer, presence)
-        images.replaced.add(layer.id)  # what came for nothing, since it was overwritten meanwhile
-        await trio.to_thread.run_sync(catalog.sync)
-        self.layers.unlink_presence(layer.id)
-        return True
-
-    async def _unname_zeros(self, number: ImageId, names: Mapping[LayerId, int], presence: Presence) -> bool:
-        """Name zero what is zeros, durably too. False if the image names something that is absent."""
-        try:
-            image = self.images.acquire(number)
-        except StoreDamaged:  # deleted meanwhile; or fsck's to tell
-            return True
-        try:
-            for first, stop in image.table.regions(stop=image.pages):
-                for low in range(first, stop, _NAMED_AT_ONCE):
-                    if not self.images.exists(number):
-                        return True
-                    entries = image.table.entries[low : min(low + _NAMED_AT_ONCE, stop)]
-                    for name, shift in names.items():
-                        states = presence.at(low + shift, low + shift + len(entries))
-                        named = entries == name
-                        if (named & (states == ABSENT)).any():
-                            return False
-                        for a, b in runs_of(named & (states == ZEROS)):
-                            image.synced_name = image.synced_name and not image.frozen  # it is synced in place
-                            self._name(image, low + a, low + b, np.uint32(0))
-                    await trio.lowlevel.checkpoint()
-            await self.sync([image])
-        finally:
-            self.images.release(image)
-        return True
-
     # -- flat images
 
     async def is_flat(self, image: Image) -> bool:
@@ -867,6 +733,11 @@ class Pager:
                 self.store.reserve.make_room()
             await self._run(self.store.sync_all() if images is None else self.images.sync_job(images))
             self.images.trim()
+
+    async def sync_layers(self, layers: Iterable[LayerId]) -> None:
+        """Make what was written to layers durable as it is now. Raises OSError."""
+        async with self._sync_lock:
+            await self._run(self.images.sync_job([], layers))
 
     @staticmethod
     async def _run(job: SyncJob) -> None:
@@ -973,10 +844,17 @@ class Pager:
             for layer in lacking:
                 await self.digest(layer)
 
+    async def gather(self, numbers: Collection[ImageId], work: Callable[[Gathering], T]) -> T:
+        """Do something in a thread with the digests of frozen images; again, while tables and layers change under it.
 
-def _used_chunks(entries: Entries) -> list[tuple[int, int]]:
-    """The runs of whole chunks of a table that have something in them: the others stay holes of its file."""
-    padded = np.zeros(-(-len(entries) // CHUNK) * CHUNK, np.bool_)
-    padded[: len(entries)] = entries != ZERO
-    used: Mask = np.asarray(padded.reshape(-1, CHUNK).any(axis=1), np.bool_)
-    return [(a * CHUNK, min(b * CHUNK, len(entries))) for a, b in runs_of(used)]
+        Raises as :meth:`digest_images` and ``work`` do, and StoreDamaged.
+        """
+        for _ in range(_GATHERINGS):
+            gathering = Gathering(await self.digest_images(numbers))
+            try:
+                return await trio.to_thread.run_sync(work, gathering)
+            except Moved:
+                await trio.lowlevel.checkpoint()
+            finally:
+                gathering.close()
+        raise StoreDamaged("digests of layers are missing; run `ramfs fsck` on the store")

@@ -12,13 +12,12 @@ The digests are written beside the layers, where the new layer finds them: from 
 import itertools
 import os
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
 from ramfs.image.digest import DIGEST, KNOWN_LOST, ZERO_DIGEST
 from ramfs.image.table import Mask
-from ramfs.pager import Known
 from ramfs.source.manifest import Digests
 from ramfs.store.files import read_exactly, write_all
 from ramfs.store.images import Image
@@ -30,6 +29,20 @@ _LOST: Final = np.frombuffer(KNOWN_LOST, np.uint64)
 _ZERO: Final = np.frombuffer(ZERO_DIGEST, np.uint64)
 #: Numbers of files in the making, from above: layers are numbered from below.
 _numbers = itertools.count(1)
+
+
+class Known(NamedTuple):
+    """What is known of a file that is to arrive. Pages in none of the masks are zeros."""
+
+    digests: str
+    """a file with the digests of all pages, which becomes that of the layer"""
+    wanted: Mask
+    """pages that are to arrive"""
+    lost: Mask
+    """... that are lost at the source"""
+    held: Mask
+    """... that ``local``, a frozen image in use, has at the same place"""
+    local: Image | None
 
 
 def new_path(directory: str) -> str:

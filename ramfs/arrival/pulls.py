@@ -23,11 +23,13 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import trio
 
+from ramfs.arrival import layer as layers
 from ramfs.arrival.fetch import Arrival, Arrivals
+from ramfs.arrival.known import Known
 from ramfs.arrival.stream import Stream, Throttle
 from ramfs.errors import RamfsError, SourceError, SourceLost, SourceRefused
 from ramfs.image.digest import DIGEST
-from ramfs.pager import Known, Pager
+from ramfs.pager import Pager
 from ramfs.source.base import PageSource, SourceDirectory
 from ramfs.source.manifest import File
 from ramfs.source.retry import RetrySource, SourceState
@@ -218,7 +220,7 @@ class Pull:
         while arrival.is_arriving:
             with trio.CancelScope() as self._streaming:
                 await Stream(pager, arrival, self.throttle).run()
-            await pager.complete(arrival.layer)
+            await layers.complete(pager, arrival.layer)
         self._pulls.arrivals.discard(arrival.layer.id)
         with trio.CancelScope(shield=True):
             await arrival.source.aclose()
@@ -346,7 +348,7 @@ class Pulls:
         )  # fmt: skip
         pull = Pull(self, number, directory, uri, options)
         for each in files:
-            layer, taken = self.pager.begin_arrival(each.image, each.size, each.known) if each.size else (None, 0)
+            layer, taken = layers.begin(self.pager, each.image, each.size, each.known) if each.size else (None, 0)
             pull.taken += taken
             if layer is None:
                 continue
@@ -386,7 +388,7 @@ class Pulls:
                 break
             image = images.acquire(number)
             try:
-                lacking = self.pager.lacking(image)
+                lacking = layers.lacking(self.pager, image)
             finally:
                 images.release(image)
             found += [pull for pull in left if any(each.layer.id in lacking for each in pull.arrivals)]

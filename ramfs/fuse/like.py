@@ -6,21 +6,16 @@ nobody sees and that go when the pull is made. A page is taken from the file at 
 
 import contextlib
 import errno
-from typing import Final
 
 import trio
 
-from ramfs.arrival.known import look
+from ramfs.arrival.known import Known, look
 from ramfs.errors import FileError, StoreDamaged
 from ramfs.namespace import SNAP, Caller, Inode, Namespace, may
-from ramfs.pager import Known
 from ramfs.source.manifest import Digests
-from ramfs.store.gather import Gathering, Moved
+from ramfs.store.gather import Gathering
 from ramfs.store.images import Image
 from ramfs.units import SNAP_BIT, InodeNumber
-
-#: How often digests are gathered anew when tables and layers change meanwhile.
-_ATTEMPTS: Final = 10
 
 
 class Likeness:
@@ -38,19 +33,13 @@ class Likeness:
         """What is known of a file of ``size`` bytes that will be at ``path`` below the directory (arrival/known.py)."""
         image = self._image(path)
         if image is not None and image.size:
-            for _ in range(_ATTEMPTS):
-                try:
-                    places = await self._space.pager.digest_images([image.id])
-                except (FileError, StoreDamaged):
-                    break  # deleted meanwhile, or still arriving, and nobody knows what
-                gathering = Gathering(places)
-                try:
-                    held = gathering.digests(image.path, image.size)
-                    return await trio.to_thread.run_sync(look, digests, size, target, image, held)
-                except Moved:
-                    await trio.lowlevel.checkpoint()
-                finally:
-                    gathering.close()
+
+            def compare(gathering: Gathering) -> Known:
+                return look(digests, size, target, image, gathering.digests(image.path, image.size))
+
+            # It may be deleted meanwhile, or still arrive, and nobody knows what.
+            with contextlib.suppress(FileError, StoreDamaged):
+                return await self._space.pager.gather([image.id], compare)
         return await trio.to_thread.run_sync(look, digests, size, target)
 
     def _image(self, path: bytes) -> Image | None:

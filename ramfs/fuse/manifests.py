@@ -15,24 +15,22 @@ from typing import Final
 import trio
 import xxhash
 
-from ramfs.errors import FileError, StoreDamaged
+from ramfs.errors import FileError
 from ramfs.fuse.extension import pyfuse3
 from ramfs.fuse.virtual import VIRTUAL
 from ramfs.namespace import Inode, Namespace
 from ramfs.pager import Pager
 from ramfs.source.manifest import MAX_PATH, NAME, Layout, lay_out
 from ramfs.store.files import read_exactly, write_all
-from ramfs.store.gather import Gathering, LayerPlace, Moved
+from ramfs.store.gather import Gathering
 from ramfs.store.images import HEADER, unpack_header
-from ramfs.units import ImageId, InodeNumber, LayerId
+from ramfs.units import ImageId, InodeNumber
 
 _NAME: Final = NAME.encode()
 #: With VIRTUAL, set in the number of the directory whose manifest it is.
 _BIT: Final = VIRTUAL | 1 << 60
 #: Layouts that are remembered, so that a stat costs nothing.
 _REMEMBERED: Final = 16
-#: How often it is begun anew when tables and layers change under it.
-_ATTEMPTS: Final = 10
 #: Seconds that the kernel may keep attributes that never change.
 _KEEP: Final = 300.0
 
@@ -199,19 +197,12 @@ class Manifests:
     async def _make(self, ino: InodeNumber, text: Text) -> None:
         await self.prepare(ino)
         outline = self._outline(ino)
-        for _ in range(_ATTEMPTS):
-            places = await self._pager.digest_images([image for image, _ in outline.images])
-            try:
-                text.fd = await trio.to_thread.run_sync(self._write, text.path, outline, places)
-            except Moved:
-                await trio.lowlevel.checkpoint()
-            else:
-                return
-        raise StoreDamaged("digests of layers are missing; run `ramfs fsck` on the store")
+        images = [image for image, _ in outline.images]
+        text.fd = await self._pager.gather(images, lambda gathering: self._write(text.path, outline, gathering))
 
-    def _write(self, path: str, outline: Outline, places: dict[LayerId, LayerPlace]) -> int:
+    def _write(self, path: str, outline: Outline, gathering: Gathering) -> int:
         """Write a manifest (any thread); returns the descriptor. Raises Moved, OSError."""
-        layout, gathering = outline.layout, Gathering(places)
+        layout = outline.layout
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             os.ftruncate(fd, layout.size)
@@ -225,6 +216,4 @@ class Manifests:
         except BaseException:
             os.close(fd)
             raise
-        finally:
-            gathering.close()
         return fd

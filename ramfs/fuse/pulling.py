@@ -15,14 +15,13 @@ import numpy as np
 import trio
 
 from ramfs.arrival.fetch import together
-from ramfs.arrival.known import new_path
+from ramfs.arrival.known import Known, new_path
 from ramfs.arrival.pulls import Incoming, Options, Pull, Pulls
 from ramfs.errors import FileError, SourceBroken, SourceLost, SourceRefused
 from ramfs.fuse.extension import pyfuse3
 from ramfs.fuse.jobs import Job
 from ramfs.fuse.like import Likeness, like_path, newest_like
 from ramfs.namespace import Caller, Namespace
-from ramfs.pager import Known
 from ramfs.source.base import SourceDirectory
 from ramfs.source.manifest import NAME, File, fetch_manifest, is_path
 from ramfs.source.opening import names_one

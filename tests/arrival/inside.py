@@ -13,13 +13,13 @@ import trio.testing
 from storekit import ME, Kit
 
 from ramfs.arrival.fetch import Arrivals
-from ramfs.arrival.known import look, new_path
+from ramfs.arrival.known import Known, look, new_path
 from ramfs.arrival.pulls import Incoming, Options, Pulls
 from ramfs.errors import SourceLost, SourceRefused
 from ramfs.image.digest import digest_pages
 from ramfs.image.pages import is_zero
 from ramfs.namespace import Namespace
-from ramfs.pager import Absent, Known, Pager
+from ramfs.pager import Absent, Pager
 from ramfs.source.base import Extent, PageSource
 from ramfs.source.manifest import Digests
 from ramfs.store.layers import Layer

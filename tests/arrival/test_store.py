@@ -14,6 +14,7 @@ from arrival.inside import ArrivingKit, Shelf
 from mount.posix import page_of
 from storekit import steps_of
 
+from ramfs.arrival.layer import complete
 from ramfs.errors import FileError
 from ramfs.image.table import runs_of
 from ramfs.pager import Absent
@@ -150,7 +151,7 @@ def test_a_disk_that_fails_when_it_is_complete(kit: ArrivingKit, monkeypatch: py
     sync = kit.store.catalog.sync
     monkeypatch.setattr(kit.store.catalog, "sync", lambda: fail() or sync())
     with pytest.raises(OSError, match="the disk is gone"):
-        trio.run(kit.pager.complete, layer)
+        trio.run(complete, kit.pager, layer)
     assert not kit.store.layers.places[layer.id, HERE]
     monkeypatch.undo()
     kit.arrive()
@@ -192,7 +193,7 @@ def test_a_clone_keeps_it_arriving(kit: ArrivingKit) -> None:
     kit.write("vm/ram", 0, b"w" * len(DATA) + bytes(PAGE))
     kit.shelf.allowed = None
     kit.fetch(layer, 3, 4)
-    assert trio.run(kit.pager.complete, layer) is False
+    assert trio.run(complete, kit.pager, layer) is False
     assert layer.presence is not None
     kit.arrive()
     assert kit.read("clone") == DATA
@@ -209,7 +210,7 @@ def test_copies_made_while_it_is_completed(kit: ArrivingKit) -> None:
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(kit.pager.complete, layer)
+            nursery.start_soon(complete, kit.pager, layer)
             while first.table.entries[EMPTY[0]]:
                 await trio.lowlevel.checkpoint()
             assert second.table.entries[EMPTY[0]], "the test comes too late"
