@@ -271,7 +271,7 @@ class Pager:
             self._write_within(image, start, bytes(stop - start))
 
     def set_entries(self, image: Image, first: int, stop: int, entries: Entries | np.uint32 | LayerId) -> None:
-        """Set table entries and store them, or raise OSError and change none. Notes the layers that they named before."""
+        """Set table entries and store them; note the layers that they named before. Raises OSError, and sets none."""
         table = image.table
         table.mark(first, stop)
         part = table.entries[first:stop]
