@@ -54,7 +54,6 @@ class Session:
         self, operations: Operations, mountpoint: str, options: Iterable[str], connection: int | None = None
     ) -> None:
         """Mount. Or take ``connection`` over, the descriptor of a mount that another daemon made. Raises MountError."""
-        self._mountpoint = mountpoint
         native.install(
             read=operations.read_now,
             map_layer=operations.map_now,

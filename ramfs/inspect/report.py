@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Protocol
 
-import numpy as np
-
 import ramfs
 from ramfs.arrival.pulls import Pulls
 from ramfs.errors import FileError, StoreDamaged
@@ -19,9 +17,9 @@ from ramfs.inspect.counters import Counters
 from ramfs.namespace import Inode, Namespace
 from ramfs.store.direct import stored
 from ramfs.store.images import Image, read_table
-from ramfs.store.presence import ABSENT, STORED, ZEROS, States
+from ramfs.store.presence import ABSENT, ZEROS
 from ramfs.store.store import Store
-from ramfs.units import SNAP_BIT, InodeNumber
+from ramfs.units import SNAP_BIT, InodeNumber, LayerId
 
 #: What is told of each pull.
 _PULL_METRICS: Final = {
@@ -217,7 +215,11 @@ class Observer:
         places = {layer.id: (layer.base, layer.shift) for layer in names if layer.base in moved}
         others = [images.path(number) for number in images.naming([layer.id for layer in names]) if number != image.id]
         own, total = image.path, image.pages
-        lacking = {layer.id: _lacking(layer.presence.states, layer.shift) for layer in names if layer.presence}
+        lacking: dict[LayerId, tuple[Mask, Mask]] = {}
+        for layer in names:
+            if layer.presence is not None:
+                states = layer.presence.at(layer.shift, layer.shift + total)
+                lacking[layer.id] = states == ABSENT, states == ZEROS
 
         def count() -> PageCounts:
             table = read_table(own)
@@ -227,13 +229,6 @@ class Observer:
             return count_pages(table, total, (other for other in relatives if other is not None), places, lacking)
 
         return count
-
-
-def _lacking(states: States, shift: int) -> tuple[Mask, Mask]:
-    """Which pages of a table would be absent, or zeros, in an arriving layer that it names at a shift."""
-    if shift < 0:
-        states = np.concatenate([np.full(-shift, STORED, np.uint8), states])
-    return states[max(shift, 0) :] == ABSENT, states[max(shift, 0) :] == ZEROS
 
 
 def _largest_resident() -> int:
