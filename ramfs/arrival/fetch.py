@@ -42,8 +42,8 @@ log = logging.getLogger(__name__)
 
 #: Bytes of the largest fetch, and thus of a buffer: each costs the loop the same work besides what its bytes cost.
 LARGEST: Final = 1 << 20
-#: ... and of the largest for somebody who waits.
-NEAR: Final = 256 << 10
+#: Pages of the largest that brings the neighbours of what is touched along.
+_NEAR: Final = 64
 #: Seconds that a fetch may keep everything else waiting, where that is usually enough: a reply over loopback takes
 #: less than to let another task have its turn, and come back.
 _GLANCE: Final = 150e-6 if (os.cpu_count() or 1) > 1 else 0.0
@@ -118,7 +118,7 @@ class Arrival:
         """seconds that a fetch takes at least, of late"""
         self._missed = 0
         """fetches in a row that took more than a moment"""
-        self._most = max(PAGE, min(NEAR, source.maximum)) >> PAGE_SHIFT
+        self._most = max(PAGE, min(LARGEST, source.maximum)) >> PAGE_SHIFT
 
     @property
     def is_arriving(self) -> bool:
@@ -165,11 +165,11 @@ class Arrival:
     def _with_neighbours(self, first: int, stop: int, low: int, high: int) -> tuple[int, int] | None:
         """What one fetch can bring of absent pages and those around them; None if they are more, or partly here."""
         runs = [run for run in self.unasked(low, high) if run[0] <= first and stop <= run[1]]
-        if not runs or stop - first > self._most:
+        if not runs or stop - first > _NEAR:
             return None
         low, high = runs[0]
-        low = max(low, first // self._most * self._most)
-        high = min(high, low + self._most)
+        low = max(low, first // _NEAR * _NEAR)
+        high = min(high, low + _NEAR)
         if high < stop:
             low, high = first, stop
         return None if self._is_loose(low, high) else (low, high)
@@ -187,7 +187,7 @@ class Arrival:
         if took > _DEAR * self._least:
             self.reach = max(1, self.reach // 2)
         elif flight.stop - flight.first > self.reach // 2:
-            self.reach = min(self._most, self.reach * 2)
+            self.reach = min(_NEAR, self.reach * 2)
 
     async def _finish(self, rest: Rest, flight: _Flight, began: float, first: int, stop: int) -> None:
         """What is left of a fetch that was begun by :meth:`bring_soon`."""

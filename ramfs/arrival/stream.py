@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 import trio
 
-from ramfs.arrival.fetch import LARGEST, NEAR, Arrival, together
+from ramfs.arrival.fetch import LARGEST, Arrival, together
 from ramfs.errors import SourceError
 from ramfs.image.table import Mask, runs_of
 from ramfs.pager import Pager
@@ -34,7 +34,9 @@ _MOST: Final = 8
 _LEAD: Final = 0.05
 #: The rate is that of the last few seconds.
 _MEMORY: Final = 2.0
-#: Bytes of a piece where somebody has waited so many seconds ago: another one may soon, and for the loop.
+#: Bytes of a piece where the source is slow; and where somebody has waited so many seconds ago, for another one may
+#: wait soon, and for the loop.
+_USUAL: Final = 256 << 10
 _SMALL: Final = 64 << 10
 _LATELY: Final = 0.05
 #: Seconds after which it is looked anew who names pages of the layer.
@@ -93,7 +95,7 @@ class Stream:
         self._began = 0.0
         self._fetched = 0
         self._at_once = 2
-        self._piece = NEAR
+        self._piece = _USUAL
         self._more = trio.Event()
         self._users: list[Image] = []
         self._names: dict[LayerId, int] = {}
@@ -165,7 +167,7 @@ class Stream:
             self._began = now - spent
         self._fetched += fetched
         ahead = int(self._fetched / spent * _LEAD) if spent > 0 else 0
-        self._piece = min(max(NEAR, 1 << max(ahead.bit_length() - 2, 0)), LARGEST)
+        self._piece = min(max(_USUAL, 1 << max(ahead.bit_length() - 2, 0)), LARGEST)
         before, self._at_once = self._at_once, min(_MOST, 2 + ahead // self._piece)
         if before < self._at_once:
             self._wake()
