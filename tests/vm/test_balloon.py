@@ -15,8 +15,11 @@ from vm.guest import MIB, PAGE, Guest
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
 
 MUCH = 100  # MiB that the guest takes and gives
-#: Of these the guest's kernel keeps some: pages in its own lists, pieces too small to report.
+#: What a balloon of that size is sure to get.
 MOST = 85 * MIB
+#: What the guest's kernel reports of it by itself: not the pages in its own lists, nor pieces below 2 MiB, of which
+#: there are more or fewer (on a plain tmpfs as well: 78 to 99 MiB were reported of 100).
+REPORTED = 60 * MIB
 GUEST_MIB = 256
 
 
@@ -32,9 +35,8 @@ def counts(path: Path) -> dict[str, int]:
     return {state: pages * PAGE for state, pages in json.loads(done.stdout)["total"].items()}
 
 
-def boot(lab: Lab, memory: Path, device: str = "", **more: object) -> Guest:
-    args = ["-device", f"virtio-balloon-pci,id=balloon{device}"]
-    return lab.boot(memory, mib=GUEST_MIB, args=args, **more)
+def boot(lab: Lab, memory: Path, device: str = "", mib: int = GUEST_MIB) -> Guest:
+    return lab.boot(memory, mib=mib, args=["-device", f"virtio-balloon-pci,id=balloon{device}"])
 
 
 def inflate(guest: Guest, size: int) -> None:
@@ -45,16 +47,17 @@ def inflate(guest: Guest, size: int) -> None:
 
 def test_what_the_guest_frees_is_reported(lab: Lab) -> None:
     memory = lab.directory("vm") / "ram0"
-    guest = boot(lab, memory, ",free-page-reporting=on")
+    # What is being reported the guest cannot use meanwhile, so it needs more than it takes twice.
+    guest = boot(lab, memory, ",free-page-reporting=on", mib=2 * GUEST_MIB)
     for seed in (2, 3):
         assert guest.say(f"take {seed} {MUCH}") == "taken ok"
         before, full = counts(memory), stored(lab.mount)
         assert before["owned"] > (MUCH + 16) * MIB
         guest.say("give")
-        eventually(lambda full=full: full - stored(lab.mount) >= MOST, "what was freed is a hole", timeout=60)  # type: ignore[misc]
+        eventually(lambda full=full: full - stored(lab.mount) >= REPORTED, "what was freed is a hole", timeout=60)  # type: ignore[misc]
         after = counts(memory)
-        assert after["zero"] - before["zero"] >= MOST
-        assert before["owned"] - after["owned"] >= MOST
+        assert after["zero"] - before["zero"] >= REPORTED
+        assert before["owned"] - after["owned"] >= REPORTED
     guest.check([1] * 8)
     assert guest.errors == ""
 
