@@ -788,11 +788,11 @@ static PyObject *py_connection(PyObject *self, PyObject *none)
 {
     (void)self;
     (void)none;
-    return Py_BuildValue("{s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:K,s:i}", "proto_major", negotiated.proto_major, "proto_minor",
+    return Py_BuildValue("{s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:K,s:K,s:i}", "proto_major", negotiated.proto_major, "proto_minor",
                          negotiated.proto_minor, "max_background", negotiated.max_background, "max_readahead",
                          negotiated.max_readahead, "max_write", negotiated.max_write, "capable", negotiated.capable,
-                         "want", negotiated.want, "answered", answered, "passthrough",
-                         passthrough);
+                         "want", negotiated.want, "answered", answered, "unkept",
+                         mirror_unkept(), "passthrough", passthrough);
 }
 
 static PyMethodDef methods[] = {

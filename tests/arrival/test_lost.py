@@ -19,7 +19,7 @@ from arrival.conftest import MB, control, nbdkit, pull, pulls, steer, wait_until
 from arrival.test_like import Server
 from arrival.test_verified import Touch, seal
 from harness import Mount
-from mount.posix import PAGE, eventually, opened, pattern, read
+from mount.posix import PAGE, eventually, opened, pattern, read, status
 from nbd.servers import make_authority, make_certificate
 
 RAM = "pc.ram@0x0"
@@ -69,6 +69,52 @@ def test_a_crowd_that_waits_holds_up_nobody_else(mounted: Mount, served: Path, t
         for touch, page in zip(crowd, range(0, 2000, 10), strict=True):
             assert touch.end(10) == pattern(MIB * MB)[page * PAGE : (page + 1) * PAGE]
         wait_until_here(mounted)
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Iterator[Mount]:
+    """A mount as before Linux 6.9, with no judgement of what it said."""
+    mount = Mount(tmp_path / "store", tmp_path / "mnt", env={"RAMFS_NO_RESEND": "1"}).start()
+    try:
+        mount.wait_until_supervised()
+        yield mount
+    finally:
+        mount.abandon()
+
+
+def test_before_linux_6_9_what_waits_beyond_what_is_kept_is_lost_with_the_daemon(
+    old: Mount, served: Path, tmp_path: Path
+) -> None:
+    """256 requests are kept for the next daemon, and how many were not is told."""
+    mount = old
+    with nbdkit(tmp_path / "1", "file", f"dir={served}") as uri:
+        pull(mount, uri, like=False, paused=True)
+
+    def crowd(first: int, count: int) -> dict[int, Touch]:
+        return {page: Touch(mount.path / "vm" / RAM, page) for page in range(first, first + 3 * count, 3)}
+
+    def unkept() -> int:
+        return int(status(mount.path)["connection"]["unkept"])
+
+    touches = crowd(1, 200)
+    eventually(lambda: pulls(mount)[0]["state"] == "waiting", "the state is told")
+    assert unkept() == 0
+    touches |= crowd(601, 120)
+    eventually(lambda: unkept() >= 120 - (256 - 200), "some are not kept")
+    time.sleep(0.5)
+    lost = unkept()  # with requests of other kinds, such as the one that has just told
+    mount.kill_daemon()
+    with nbdkit(tmp_path / "1", "file", f"dir={served}"):
+        eventually(lambda: sum(touch.waits for touch in touches.values()) <= lost, "what was kept is answered", 30)
+        ended = {page: touch for page, touch in touches.items() if not touch.waits}
+        assert len(ended) >= 200
+        for page, touch in ended.items():
+            assert touch.end() == pattern(MIB * MB)[page * PAGE : (page + 1) * PAGE]
+        assert len(touches) - len(ended) >= 120 - (256 - 200), "that many could be kept after all"
+    assert subprocess.run([sys.executable, "-m", "ramfs", "umount", "--abort", mount.path], check=False).returncode == 0
+    for touch in touches.values():
+        touch.thread.join(10)
+        assert not touch.waits
 
 
 TOUCHES = {
