@@ -117,6 +117,8 @@ class Passthrough:
     async def leave_idle(self) -> None:
         """Let direct images that nobody has open or mapped have a table again. What fails is told once, and stays."""
         for number in sorted(self._pager.images.direct):
+            if number not in self._pager.images.direct:
+                continue  # deleted, or entered by somebody, while another one was being left
             try:
                 await self._leave(number)
             except (OSError, StoreDamaged) as exc:

@@ -13,13 +13,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from disk import reflink_disk
 from harness import Mount
+from mount.posix import status
 from takeover.conftest import freed, fsck
 from vm.guest import Guest
 
 from tools.benchmarks import takeover
 
-KILLS = int(os.environ.get("RAMFS_KILLS", "24"))
+KILLS = int(os.environ.get("RAMFS_KILLS", "16"))
 UPGRADES = 3
 #: Seconds between two deaths at one mount; the supervisor begins to hold daemons back then.
 GAP = 2.0
@@ -33,16 +35,20 @@ def steady(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return program
 
 
-@pytest.fixture
-def mounts(shm: Path) -> Iterator[list[Mount]]:
-    mounts = [Mount(shm / f"store{n}", shm / f"mnt{n}").start() for n in range(3)]
-    for mount in mounts:
-        mount.expect(r"\(process \d+\) was ended by signal 9; going on")
-    try:
+@pytest.fixture(params=["cached", "native"])
+def mounts(request: pytest.FixtureRequest, shm: Path) -> Iterator[list[Mount]]:
+    """On tmpfs the daemon serves what is live, on XFS the kernel does."""
+    with ExitStack() as stack:
+        native = request.param == "native"
+        if native and os.geteuid() != 0:
+            pytest.skip("the kernel serves files itself for root only")
+        stores = stack.enter_context(reflink_disk(shm, "xfs", 2 << 30)) if native else shm
+        mounts = []
+        for number in range(3):
+            mounts.append(Mount(stores / f"store{number}", shm / f"mnt{number}").start())
+            stack.callback(mounts[-1].abandon)
+            mounts[-1].expect(r"\(process \d+\) was ended by signal 9; going on")
         yield mounts
-    finally:
-        for mount in mounts:
-            mount.abandon()
 
 
 @pytest.mark.vm
@@ -60,6 +66,8 @@ def test_killed_and_upgraded_under_load(mounts: list[Mount], steady: Path) -> No
         storm = takeover.Storm([(m.path, m.store) for m in mounts], steady, [sys.executable, "-m", "ramfs"])
         stack.callback(storm.abandon)
         storm.add_guest(guest, directory)
+        native = mounts[2].store.parent != mounts[2].path.parent
+        assert bool(status(mounts[2].path)["native"]["live"]) == native
         storm.kill(KILLS, GAP)
         storm.upgrade(UPGRADES)
         storm.end()
