@@ -88,8 +88,11 @@ def picture(statuses: list[dict[str, Any]]) -> RenderableType:
             ("shared", f"{human(requests['shared_bytes'])} by copy_file_range, {requests['clones']} clones"),
             ("errors", str(requests["errors"])),
         ]
-        if refused := status.get("native", {}).get("refused"):
+        native = status.get("native", {})
+        if refused := native.get("refused"):
             rows.append(("native", f"no file: {refused}"))
+        elif refused := native.get("live_refused"):
+            rows.append(("native", f"frozen files only: {refused}"))
         for pull in status["pulls"]:
             where = "(removed)" if pull["path"] is None else printable(pull["path"])
             rows.append(("pull", f"{where} from {printable(pull['source'])}: {', '.join(facts(pull))}"))
