@@ -284,10 +284,18 @@ async def main(socket: str, patience: float, *, settling: bool) -> None:
                 continue
             tasks.add(task := asyncio.create_task(obey(order)))
             task.add_done_callback(tasks.discard)
+
+    async def live() -> None:
+        while True:
+            say({"id": None})
+            await asyncio.sleep(1)
+
+    living = asyncio.create_task(live())  # clearing up may take longer than the other side is patient
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     await agent.end(orderly=goodbye is not None)
+    living.cancel()
     if goodbye is not None:
         say({"id": goodbye, "answer": None})
 

@@ -46,6 +46,8 @@ AGENT = Path(__file__).with_name("agent.py").read_text()
 
 #: A round that brings more than this part of what the one before it brought is not worth another.
 FALLS = 0.75
+#: Seconds that clearing up on the other host may take, when it goes on telling that it is there.
+_CLEARING = 60
 _ENDED = "the server ended: "
 #: Starts the server again when it ends, as nbdkit 1.32 does when a connection breaks at the wrong moment; also when we
 #: are gone. As systemd activates by socket: the socket is number 3, and it is told which process that is meant for.
@@ -201,7 +203,7 @@ class Other:
         """Have it clear up and end; after a loss it does so by itself."""
         if self._process is not None:
             with contextlib.suppress(Failed, TimeoutError):
-                async with asyncio.timeout(self._patience):
+                async with asyncio.timeout(_CLEARING):
                     await self.do("end")
         await self._drop()
 
