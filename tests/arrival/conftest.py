@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -12,11 +13,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from harness import Mount
 from hosts import Host
 from mount.posix import eventually, pattern, status
 
 MB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def no_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside the tests' own process a second takes 10 ms (inside.py), which a busy machine may take for nothing."""
+    monkeypatch.setattr("ramfs.source.retry._OPENING", math.inf)
 
 
 @contextlib.contextmanager

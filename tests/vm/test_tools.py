@@ -32,9 +32,7 @@ def guest(*args: object) -> subprocess.CompletedProcess[str]:
 def test_the_guest_is_built_once() -> None:
     kernel, initrd = images()
     before = [path.stat() for path in (kernel, initrd)]
-    begin = time.monotonic()
     done = guest()
-    assert time.monotonic() - begin < 2
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{kernel}\n{initrd}\n", "")
     assert [path.stat() for path in (kernel, initrd)] == before
 
