@@ -15,7 +15,7 @@ from ramfs.image.lineage import PageCounts, count_pages
 from ramfs.image.table import Mask
 from ramfs.inspect.counters import Counters
 from ramfs.namespace import Inode, Namespace
-from ramfs.store.direct import stored
+from ramfs.store.direct import owned_and_shared
 from ramfs.store.images import Image, read_table
 from ramfs.store.presence import ABSENT, ZEROS
 from ramfs.store.store import Store
@@ -196,16 +196,16 @@ class Observer:
     def page_counter(self, image: Image) -> Callable[[], PageCounts]:
         """What counts how many pages an image owns, shares, has zero, or lacks, in any thread.
 
-        It reads the tables of all images that may share pages with it, from their files. A direct image's are its
-        own: which blocks it shares only the file system of the store knows.
+        It reads the tables of all images that may share pages with it, from their files. Which blocks a direct image
+        shares the file system of the store tells.
         """
         image.refresh()
         if (path := image.direct) is not None:
             whole = image.pages
 
             def look() -> PageCounts:
-                found = stored(path)
-                return PageCounts(found, 0, whole - found, 0, whole)
+                owned, shared = owned_and_shared(path)
+                return PageCounts(owned, shared, whole - owned - shared, 0, whole)
 
             return look
         layers, images = self.store.layers, self.store.images

@@ -10,6 +10,7 @@ import fcntl
 import os
 import struct
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -23,7 +24,7 @@ _FICLONERANGE: Final = 0x4020940D
 _FS_IOC_FIEMAP: Final = 0xC020660B
 _FIEMAP: Final = struct.Struct("=QQIIII")  # from, length, flags, extents that are told, room for, reserved
 _EXTENT: Final = struct.Struct("=QQQ16xI12x")  # offset, place on disk, length, flags
-_FIEMAP_SYNC, _UNWRITTEN, _EXTENTS = 1, 0x800, 1000
+_FIEMAP_SYNC, _UNWRITTEN, _SHARED, _EXTENTS = 1, 0x800, 0x2000, 1000
 _RANGE: Final = struct.Struct("=qQQQ")  # source, its offset, length (0: to its end), offset in the target
 
 
@@ -52,10 +53,19 @@ def allocated_extents(fd: int) -> list[tuple[int, int]]:
 
     To SEEK_DATA what XFS has set aside beside a page that was copied on a write looks like data.
     """
-    found: list[tuple[int, int]] = []
+    return [(first, stop) for first, stop, _ in _mapped(fd, _FIEMAP_SYNC)]
+
+
+def shared_pages(fd: int) -> int:
+    """How many pages of a file are in blocks that other files have too, as far as the file has been written back."""
+    return sum(stop - first for first, stop, flags in _mapped(fd, 0) if flags & _SHARED)
+
+
+def _mapped(fd: int, how: int) -> Iterator[tuple[int, int, int]]:
+    """The ranges of pages that were written, with the flags of FIEMAP."""
     start, size = 0, os.fstat(fd).st_size
     while start < size:
-        answer = bytearray(_FIEMAP.pack(start, size - start, _FIEMAP_SYNC, 0, _EXTENTS, 0))
+        answer = bytearray(_FIEMAP.pack(start, size - start, how, 0, _EXTENTS, 0))
         answer += bytes(_EXTENT.size * _EXTENTS)
         fcntl.ioctl(fd, _FS_IOC_FIEMAP, answer)
         *_, count, _, _ = _FIEMAP.unpack_from(answer)
@@ -65,8 +75,7 @@ def allocated_extents(fd: int) -> list[tuple[int, int]]:
             low, _, length, flags = _EXTENT.unpack_from(answer, _FIEMAP.size + number * _EXTENT.size)
             start = low + length
             if not flags & _UNWRITTEN and low < size:
-                found.append((low >> PAGE_SHIFT, pages(min(start, size))))
-    return found
+                yield low >> PAGE_SHIFT, pages(min(start, size)), flags
 
 
 def entries_of(extents: list[tuple[int, int]], layer: LayerId) -> list[tuple[int, Entries]]:

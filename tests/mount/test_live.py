@@ -434,7 +434,11 @@ def test_frozen_files_are_native_and_copies_may_become_so(shared: Mount, ram: Pa
         with opened(copy) as other, mmap.mmap(other, SIZE) as clone:
             assert how(copy) == "live"
             assert clone[2 * MB : 2 * MB + 4] == b"snap"
+            counts = page_counts(copy)
+            assert (counts["owned"], counts["shared"]) == (0, MB // PAGE + 1)
             clone[:4] = b"mine"
+            clone.flush()
+            assert page_counts(copy)["owned"] == 1
             assert memory[2 * MB : 2 * MB + 4] == b"more"
             assert memory[:MB] == pattern(MB)
             # Into one that is native itself, at other offsets too.
