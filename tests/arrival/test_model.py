@@ -12,6 +12,7 @@ import shutil
 import tempfile
 
 import hypothesis.strategies as st
+import pytest
 import trio
 from arrival.inside import ArrivingKit, Shelf
 from hypothesis import settings
@@ -275,4 +276,4 @@ class ArrivingMachine(RuleBasedStateMachine):
 
 
 ArrivingMachine.TestCase.settings = settings(max_examples=EXAMPLES, stateful_step_count=30, deadline=None)
-test_model = ArrivingMachine.TestCase
+test_model = pytest.mark.timeout(600)(ArrivingMachine.TestCase)  # half a minute when the machine has nothing else to do

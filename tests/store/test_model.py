@@ -14,6 +14,7 @@ import tempfile
 from unittest import mock
 
 import hypothesis.strategies as st
+import pytest
 import trio
 from hypothesis import settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
@@ -401,4 +402,4 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 StoreMachine.TestCase.settings = settings(max_examples=EXAMPLES, stateful_step_count=40, deadline=None)
-test_store = StoreMachine.TestCase
+test_store = pytest.mark.timeout(600)(StoreMachine.TestCase)  # half a minute when the machine has nothing else to do
