@@ -34,10 +34,11 @@ _MOST: Final = 8
 _LEAD: Final = 0.05
 #: The rate is that of the last few seconds.
 _MEMORY: Final = 2.0
-#: Bytes of a piece where the source is slow; and where somebody has waited so many seconds ago, for another one may
-#: wait soon, and for the loop.
-_USUAL: Final = 256 << 10
-_SMALL: Final = 64 << 10
+#: Bytes of a piece where the source is slow. Smaller ones cost the loop more time than those who wait win by them.
+_LEAST: Final = 256 << 10
+#: Fetches at the same time, at least; and no more for so many seconds after somebody has waited: another one may soon,
+#: and then for the loop too.
+_FEWEST: Final = 2
 _LATELY: Final = 0.05
 #: Seconds after which it is looked anew who names pages of the layer.
 _LOOK_AGAIN: Final = 0.1
@@ -94,8 +95,8 @@ class Stream:
         self._looking = trio.Lock()
         self._began = 0.0
         self._fetched = 0
-        self._at_once = 2
-        self._piece = _USUAL
+        self._at_once = _FEWEST
+        self._piece = _LEAST
         self._more = trio.Event()
         self._users: list[Image] = []
         self._names: dict[LayerId, int] = {}
@@ -110,7 +111,7 @@ class Stream:
         try:
             while not await self._is_complete():
                 self._cursor, self._began, self._fetched = 0, trio.current_time(), 0
-                self._at_once = 2
+                self._at_once = _FEWEST
                 await together(partial(self._work, number) for number in range(_MOST))
                 if self._failed is not None:
                     raise self._failed
@@ -167,8 +168,10 @@ class Stream:
             self._began = now - spent
         self._fetched += fetched
         ahead = int(self._fetched / spent * _LEAD) if spent > 0 else 0
-        self._piece = min(max(_USUAL, 1 << max(ahead.bit_length() - 2, 0)), LARGEST)
-        before, self._at_once = self._at_once, min(_MOST, 2 + ahead // self._piece)
+        if now < self._arrival.touched_at + _LATELY:
+            ahead = 0
+        self._piece = min(max(_LEAST, 1 << max(ahead.bit_length() - 2, 0)), LARGEST)
+        before, self._at_once = self._at_once, min(_MOST, _FEWEST + ahead // self._piece)
         if before < self._at_once:
             self._wake()
 
@@ -182,11 +185,9 @@ class Stream:
     def _is_at_end(self) -> bool:
         return self._cursor >= self._end and not self._runs
 
-    @property
-    def _pages(self) -> int:
-        """How many the next piece may have."""
-        lately = trio.current_time() - self._arrival.touched_at < _LATELY
-        return (_SMALL if lately else self._piece) >> PAGE_SHIFT
+    def _cut(self, first: int, stop: int) -> tuple[int, int]:
+        """The next piece of a run."""
+        return first, min(stop, first + (self._piece >> PAGE_SHIFT))
 
     def _touched(self) -> tuple[int, int] | None:
         """A piece behind a page that was touched lately."""
@@ -196,8 +197,7 @@ class Stream:
             at = touched[-1]
             runs = self._lacking(at, min(at + _AHEAD, self._end))
             if runs:
-                first, stop = runs[0]
-                return first, min(stop, first + self._pages)
+                return self._cut(*runs[0])
             touched.pop()
         return None
 
@@ -209,11 +209,11 @@ class Stream:
                     await self._look_at(self._cursor, min(self._cursor + _WINDOW, self._end))
         if not self._runs:
             return None
-        first, end = self._runs.popleft()
-        stop = min(end, first + self._pages)
+        run = self._runs.popleft()
+        first, stop = self._cut(*run)
         self._left -= stop - first
-        if stop < end:
-            self._runs.appendleft((stop, end))
+        if stop < run[1]:
+            self._runs.appendleft((stop, run[1]))
         return first, stop
 
     async def _look_at(self, first: int, stop: int) -> None:
