@@ -223,6 +223,8 @@ class Stream:
         found = self._lacking(first, stop)
         self._runs.extend(found)
         self._left += sum(b - a for a, b in found)
+        if not self._fetched:  # to connect, and to learn where zeros are, says nothing of the rate
+            self._began = trio.current_time()
 
     async def _note_zeros(self, first: int, stop: int) -> None:
         """Ask the source what it has only zeros of."""
