@@ -246,6 +246,7 @@ def test_a_stopped_guest_stays_stopped(directory: Directory, machine: Machine) -
 
 def test_another_guest(directory: Directory, machine: Machine, shm: Path) -> None:
     with Guest(shm / "elsewhere", mib=16, kernel=False) as guest:
+        assert guest.status() == "running"  # QEMU has made its memory
         (shm / "elsewhere").unlink()
         done = directory.snapshot("one", "--qmp", str(guest.socket), "--json")
     assert done.code == 0
