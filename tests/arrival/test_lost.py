@@ -240,7 +240,7 @@ def test_another_source(mounted: Mount, served: Path, tmp_path: Path) -> None:
     before = pulls(mounted)[0]["here_bytes"]
     fetched_before = pulls(mounted)[0]["fetched_bytes"]
     steer(mounted, "vm", uri=f"file:{served}")
-    assert touch.end(10) == pattern(MIB * MB)[2000 * PAGE : 2001 * PAGE]
+    assert touch.end(2) == pattern(MIB * MB)[2000 * PAGE : 2001 * PAGE]
     now = pulls(mounted)[0]
     assert now["source"] == f"file:{served}"
     assert now["fetched_bytes"] - fetched_before == now["here_bytes"] - before
@@ -272,8 +272,8 @@ def test_a_source_that_is_of_no_use(mounted: Mount, served: Path, tmp_path: Path
                 time.sleep(0.3)
                 began = time.monotonic()
                 steer(mounted, "vm", uri=second)
-                assert touch.end(10) == pattern(MIB * MB)[700 * PAGE : 701 * PAGE]
-                assert time.monotonic() - began < 10
+                assert touch.end(2) == pattern(MIB * MB)[700 * PAGE : 701 * PAGE]
+                assert time.monotonic() - began < 2
         if how == "never answered":
             mounted.start()
         if how == "says nothing":
@@ -285,8 +285,8 @@ def test_a_source_that_is_of_no_use(mounted: Mount, served: Path, tmp_path: Path
             assert touch.waits
             began = time.monotonic()
             steer(mounted, "vm", uri=second)
-            assert time.monotonic() - began < 10
-        assert touch.end(10) == pattern(MIB * MB)[900 * PAGE : 901 * PAGE]
+            assert time.monotonic() - began < 2
+        assert touch.end(2) == pattern(MIB * MB)[900 * PAGE : 901 * PAGE]
         steer(mounted, "vm", paused=False)
         fetched(served, mounted, "vm")
 
@@ -334,17 +334,17 @@ def test_an_export_that_is_not_what_it_was(mounted: Mount, served: Path, tmp_pat
 def test_who_prefers_an_error_gets_it(mounted: Mount, served: Path, tmp_path: Path) -> None:
     mounted.expect(LOST + "|given up")
     with nbdkit(tmp_path / "1", "file", f"dir={served}") as uri:
-        pull(mounted, uri, paused=True, wait=3)
+        pull(mounted, uri, paused=True, wait=1)
     began = time.monotonic()
     touch = Touch(mounted.path / "vm" / RAM, 5)
     touch.thread.join(10)
     assert touch.error == errno.EIO
-    assert 2.9 < time.monotonic() - began < 9
+    assert 0.9 < time.monotonic() - began < 3
     began = time.monotonic()
     touch = Touch(mounted.path / "vm" / RAM, 5)
     touch.thread.join(10)
     assert touch.error == errno.EIO
-    assert time.monotonic() - began < 2, "it is lost already"
+    assert time.monotonic() - began < 0.5, "it is lost already"
     with nbdkit(tmp_path / "1", "file", f"dir={served}"):
 
         def is_back() -> bool:

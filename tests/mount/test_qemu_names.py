@@ -86,7 +86,7 @@ def test_while_another_process_has_it_open_it_is_busy(make_mount: type[Mount]) -
         started = time.monotonic()
         with fails(errno.EBUSY):
             begin(mount.path, letters="bbbbbb")
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 1
         assert os.listdir(mount.path) == ["pc.ram@0x0"]
         eventually(lambda: f"open in process {holder.pid}" in mount.log, "the log names the process")
         os.close(begin(mount.path, "another"))  # other blocks are free
