@@ -120,6 +120,16 @@ def run(command: list[str], short: str, mount: Path) -> None:
     show(f"{DIM}  ({seconds * 1000:.0f} ms){PLAIN}")
 
 
+def wait_until(ready: Callable[[], bool], check: Callable[[], None], what: str, timeout: float) -> None:
+    """Wait for something of a process that ``check`` finds well. Raises DemoFailed."""
+    deadline = time.monotonic() + timeout
+    while not ready():
+        check()
+        if time.monotonic() > deadline:
+            raise DemoFailed(f"{what} within {timeout:.0f} s")
+        time.sleep(0.01)
+
+
 # --- a guest ---
 
 
@@ -166,15 +176,13 @@ class Vm:
         return ticks_of(self.lines)
 
     def wait(self, ready: Callable[[], bool], what: str, timeout: float = 30) -> None:
-        deadline = time.monotonic() + timeout
-        while not ready():
-            if self.process.poll() is not None:
-                assert self.process.stderr is not None
-                said = self.process.stderr.read().decode(errors="replace").strip()
-                raise DemoFailed(f"QEMU of the {self.name} ended: {said}")
-            if time.monotonic() > deadline:
-                raise DemoFailed(f"the {self.name} {what} within {timeout:.0f} s")
-            time.sleep(0.01)
+        wait_until(ready, self._check, f"the {self.name} {what}", timeout)
+
+    def _check(self) -> None:
+        if self.process.poll() is not None:
+            assert self.process.stderr is not None
+            said = self.process.stderr.read().decode(errors="replace").strip()
+            raise DemoFailed(f"QEMU of the {self.name} ended: {said}")
 
     def ask(self, command: str) -> str:
         asked = len(self.lines)
@@ -293,13 +301,11 @@ class Move:
         return ticks_of(self.lines)
 
     def wait(self, ready: Callable[[], bool], what: str, timeout: float = 60) -> None:
-        deadline = time.monotonic() + timeout
-        while not ready():
-            if self.process.poll():
-                raise DemoFailed(f"tools/migrate failed: {self.said[-1].strip() if self.said else 'it said nothing'}")
-            if time.monotonic() > deadline:
-                raise DemoFailed(f"{what} within {timeout:.0f} s")
-            time.sleep(0.01)
+        wait_until(ready, self._check, what, timeout)
+
+    def _check(self) -> None:
+        if self.process.poll():
+            raise DemoFailed(f"tools/migrate failed: {self.said[-1].strip() if self.said else 'it said nothing'}")
 
     def close(self) -> None:
         """End the tool, its server and the guest, wherever they are."""
