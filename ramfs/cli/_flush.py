@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from ramfs.errors import FileError
-from ramfs.store.cachestat import cachestat
-from ramfs.units import PAGE
+from ramfs.store import cachestat
 
 T = TypeVar("T")
 
@@ -149,5 +148,4 @@ def dirty_bytes(fd: int) -> int | None:
     # Of a live native file the cache is that of its layer, which only the daemon can ask about.
     with contextlib.suppress(OSError, ValueError):
         return int(os.getxattr(fd, "user.ramfs.dirty"))
-    found = cachestat(fd)
-    return None if found is None else (int(found.dirty) + int(found.writeback)) * PAGE
+    return cachestat.dirty_bytes(fd)

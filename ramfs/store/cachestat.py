@@ -3,6 +3,8 @@
 import ctypes
 from typing import Final
 
+from ramfs.units import PAGE
+
 _CACHESTAT: Final = 451
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -30,3 +32,9 @@ def cachestat(fd: int) -> CacheStat | None:
     if _libc.syscall(_CACHESTAT, fd, ctypes.byref(whole), ctypes.byref(answer), 0):
         return None
     return answer
+
+
+def dirty_bytes(fd: int) -> int | None:
+    """Bytes of a file that are in the page cache only; None when the kernel does not tell."""
+    found = cachestat(fd)
+    return None if found is None else (int(found.dirty) + int(found.writeback)) * PAGE

@@ -11,7 +11,7 @@ import numpy as np
 
 from ramfs.image.pages import Buffer
 from ramfs.image.table import Mask
-from ramfs.store.cachestat import cachestat
+from ramfs.store import cachestat
 from ramfs.units import PAGE, PAGE_SHIFT
 
 #: Modes of fallocate(2).
@@ -58,10 +58,9 @@ def dirty_bytes(path: str) -> int | None:
     """Bytes of a file that are in the page cache only; None when the kernel does not tell."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        found = cachestat(fd)
+        return cachestat.dirty_bytes(fd)
     finally:
         os.close(fd)
-    return None if found is None else (int(found.dirty) + int(found.writeback)) * PAGE
 
 
 def is_open_elsewhere(path: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ramfs.store.cachestat import cachestat
 from tests.vm.guest import Guest
 
 from . import peers
@@ -22,18 +22,15 @@ from .stats import Goal, Measure
 #: The disk can share blocks: by default the kernel serves live files there by itself, and with CACHED the daemon does.
 CACHED, IN_MEMORY, PLAIN = "ramfs, native=frozen", "ramfs, store on tmpfs", "plain file on the same disk"
 
-_CACHESTAT = 451
-_libc = ctypes.CDLL(None, use_errno=True)
-
 
 def cached(path: Path) -> int:
     """Bytes of a file in the page cache (Linux 6.5 or newer)."""
     fd = os.open(path, os.O_RDONLY)
     try:
-        whole, found = (ctypes.c_uint64 * 2)(0, 0), (ctypes.c_uint64 * 5)()
-        if _libc.syscall(_CACHESTAT, fd, whole, found, 0):
+        found = cachestat(fd)
+        if found is None:
             raise Unavailable("the kernel has no cachestat")
-        return found[0] * PAGE
+        return int(found.cached) * PAGE
     finally:
         os.close(fd)
 
@@ -263,18 +260,10 @@ def tuning(bench: Bench) -> list[Measure]:
         "one page in 16 MiB, in random order": ("random", 4096, "none"),
         "one page in 64 KiB, in random order, MADV_HUGEPAGE": ("random", 16, "huge"),
     }
-    settings = {RAMFS: (512, 65535)} | {
-        f"read-ahead {ahead} KiB, {background} in the background": (ahead, background)
-        for ahead, background in (
-            (0, 65535),
-            (128, 65535),
-            (256, 65535),
-            (1024, 65535),
-            (4096, 65535),
-            (512, 12),
-            (512, 64),
-            (512, 256),
-        )
+    usual = 512, 65535
+    others = [(ahead, usual[1]) for ahead in (0, 128, 256, 1024, 4096)] + [(usual[0], most) for most in (12, 64, 256)]
+    settings = {RAMFS: usual} | {
+        f"read-ahead {ahead} KiB, {most} in the background": (ahead, most) for ahead, most in others
     }
     found = {kind: Measure(f"until touched: {kind}", "ms") for kind in kinds}
     with serve(bench, {RAMFS: peers.ramfs}, dense(bench)) as up, ExitStack() as stack:
