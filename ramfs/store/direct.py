@@ -170,9 +170,9 @@ def stored(path: str, first: int = 0, stop: int = pages(MAX_FILE_SIZE)) -> int:
 
 def owned_and_shared(path: str) -> tuple[int, int]:
     """Number of pages that are stored: in blocks of its own, and in those that other files have too (any thread)."""
-    found = stored(path)
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
+        found = sum(stop - first for first, stop in stored_extents(fd))
         shared = min(shared_pages(fd), found)
     finally:
         os.close(fd)
