@@ -73,7 +73,10 @@ def test_killed_and_upgraded_under_load(mounts: list[Mount], steady: Path) -> No
         storm.end()
         for how in ("kill", "upgrade"):
             print(how, takeover.distribution(storm.stalls(how)))
-        assert max(storm.stalls("kill")) > 0.001, "no access has waited for a daemon"
+        # What is native waits for no daemon. Names do.
+        waited = [load.told["stalls"] for load in storm.places[1].loads if isinstance(load, takeover.Program)]
+        assert any(waited), "no access has waited for a daemon"
+        assert native or max(storm.stalls("kill")) > 0.001
         guest.check()
         assert guest.process.poll() is None
         guest.kill()
