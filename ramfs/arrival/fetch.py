@@ -172,13 +172,7 @@ class Arrival:
         high = min(high, low + _NEAR)
         if high < stop:
             low, high = first, stop
-        return None if self._is_loose(low, high) else (low, high)
-
-    def _is_loose(self, first: int, stop: int) -> bool:
-        """Is it a range that the source does not give as it is?"""
-        end = min(stop << PAGE_SHIFT, self.source.size)
-        align = self.source.alignment - 1
-        return bool((first << PAGE_SHIFT) & align or (end & align and end != self.source.size))
+        return low, high
 
     def _adapt(self, flight: _Flight, began: float) -> None:
         """Reach as far around what is touched as takes no more time than a few pages alone would."""

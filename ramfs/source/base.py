@@ -30,11 +30,7 @@ class PageSource(Protocol):
 
     @property
     def maximum(self) -> int:
-        """Bytes of the largest read, a multiple of ``alignment``. Callers keep to it."""
-
-    @property
-    def alignment(self) -> int:
-        """Reads begin and end at multiples of this, a power of two; they may also end where the file does."""
+        """Bytes of the largest read, whatever its offset. Callers keep to it."""
 
     async def read_into(self, offset: int, buffer: memoryview, *, urgent: bool = False) -> None:
         """Fill all of ``buffer``, which is writable, with the bytes from ``offset`` on, or raise a SourceError.

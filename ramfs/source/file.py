@@ -24,7 +24,6 @@ _THREADS: Final = 4
 class FileSource:
     """One regular file or block device, read straight into the caller's buffer, in threads."""
 
-    alignment: int = 1
     maximum: int = MAXIMUM
 
     def __init__(self, path: str, *, not_on: int | None = None) -> None:

@@ -123,7 +123,7 @@ async def read_manifest(source: PageSource) -> Manifest | None:
     if source.size < _HEADER.size:
         return None
     # Of memory that was never touched there is none: it grows with what comes.
-    at_once = max(min(_AT_ONCE, source.maximum), source.alignment) // source.alignment * source.alignment
+    at_once = min(_AT_ONCE, source.maximum)
     first = bytearray(min(at_once, source.size))
     await read_whole(source, 0, memoryview(first))
     magic, version, count, size, digests, checksum = _HEADER.unpack_from(first)

@@ -123,7 +123,7 @@ class NbdSource:
             raise SourceChanged(f"{uri} has another size on each connection")
         self.description = str(uri)
         self.size = connection.size
-        self.alignment = connection.block_size.minimum
+        self._block = connection.block_size.minimum
         self.maximum = connection.block_size.maximum
         self._lanes = lanes
         # The second one is for urgent reads alone.
@@ -140,26 +140,45 @@ class NbdSource:
     async def read_into(self, offset: int, buffer: memoryview, *, urgent: bool = False) -> None:
         """Fill ``buffer``: the kernel copies what it received into it, and nobody else (TLS into a bytearray does).
 
-        :raises ValueError: the range is not one that this export has, or not aligned, or too long.
+        What is no whole blocks of the server's is read with what lies around it.
+
+        :raises ValueError: the range is not one that this export has, or too long.
         """
         self._check_range(offset, len(buffer))
         if not len(buffer):
             await trio.lowlevel.checkpoint()
             return
         lane = self._urgent if urgent else self._calmest()
-        await lane.perform(lambda connection: connection.read(offset, buffer))
+        if self._is_whole(offset, len(buffer)):
+            await lane.perform(lambda connection: connection.read(offset, buffer))
+            return
+        low, high = self._around(offset, len(buffer))
+        blocks = memoryview(bytearray(high - low))
+        for at in range(low, high, self.maximum):
+            part = blocks[at - low : at - low + self.maximum]
+            await lane.perform(partial(_read, offset=at, buffer=part))
+        buffer[:] = blocks[offset - low : offset - low + len(buffer)]
 
     def _check_range(self, offset: int, length: int) -> None:
         end = offset + length
-        loose = offset % self.alignment or (end % self.alignment and end != self.size)
-        if not 0 <= offset <= end <= self.size or length > self.maximum or loose:
+        if not 0 <= offset <= end <= self.size or length > self.maximum:
             raise ValueError(f"bytes {offset} to {end} of {self.description} cannot be read at once")
+
+    def _is_whole(self, offset: int, length: int) -> bool:
+        """Are these whole blocks of the server's? The last one ends where the export does."""
+        end = offset + length
+        return not offset % self._block and (not end % self._block or end == self.size)
+
+    def _around(self, offset: int, length: int) -> tuple[int, int]:
+        """First byte and end of the blocks that have these bytes."""
+        end = -(-(offset + length) // self._block) * self._block
+        return offset - offset % self._block, min(end, self.size)
 
     def read_soon(self, offset: int, buffer: memoryview, patience: float) -> Rest | None:
         """See ramfs.source.base.read_soon."""
         self._check_range(offset, len(buffer))
         lane = self._urgent
-        if not len(buffer) or lane.busy:
+        if not len(buffer) or lane.busy or not self._is_whole(offset, len(buffer)):
             return partial(self.read_into, offset, buffer, urgent=True)
         command = lane.begin(lambda connection: connection.read(offset, buffer), patience)
         return None if command.settled and command.error is None else partial(lane.finish, command)
@@ -178,14 +197,14 @@ class NbdSource:
             await lane.alive()
             told = [self._known]
         else:
-            start = offset - offset % self.alignment
-            ask = min(-(-end // self.alignment) * self.alignment, start + MAX_EXTENTS, self.size) - start
+            start, end_of_block = self._around(offset, length)
+            ask = min(end_of_block - start, MAX_EXTENTS)
             command = await lane.perform(lambda connection: connection.block_status(start, ask))
             told = command.extents or []
             self._known = told[-1] if told else self._known
         cut = ((max(each.offset, offset), min(each.offset + each.length, end), each.zero) for each in told)
         found = [Extent(low, high - low, zero) for low, high, zero in cut if low < high]
-        return found or [Extent(offset, min(length, self.alignment), False)]
+        return found or [Extent(offset, min(length, self._block), False)]
 
     def _calmest(self) -> "_Lane":
         if len(self._calm) == 1:
@@ -616,6 +635,10 @@ async def _connected(uri: NbdUri) -> socket.socket:
         raise SourceLost(f"{uri} cannot be reached: {_reason(error)}") from error
     sock.setblocking(False)
     return sock
+
+
+def _read(connection: Connection, offset: int, buffer: memoryview) -> Command:
+    return connection.read(offset, buffer)
 
 
 def _context(uri: NbdUri) -> ssl.SSLContext:

@@ -17,7 +17,6 @@ import trio
 
 from ramfs.errors import SourceChanged, SourceCorrupt, SourceError, SourceLost
 from ramfs.source.base import Extent, PageSource, Rest, read_soon, read_whole
-from ramfs.units import PAGE
 
 #: Opens the source anew, perhaps wrapped.
 Factory = Callable[[], Awaitable[PageSource]]
@@ -71,8 +70,8 @@ class RetrySource:
     """A source that is opened as often as need be. Its size, once known, never changes."""
 
     def __init__(
-        self, factory: Factory, description: str, size: int, *, maximum: int = MAXIMUM, alignment: int = PAGE,
-        deadline: float | None = None, backoff: Backoff = _BACKOFF, tell: Callable[[SourceState], None] = _tell_nobody,
+        self, factory: Factory, description: str, size: int, *, maximum: int = MAXIMUM, deadline: float | None = None,
+        backoff: Backoff = _BACKOFF, tell: Callable[[SourceState], None] = _tell_nobody,
         source: PageSource | None = None,
     ) -> None:  # fmt: skip
         """Connects with the first read, unless ``source`` is given, an open one.
@@ -82,7 +81,6 @@ class RetrySource:
         """
         self.size = size
         self.maximum = maximum
-        self.alignment = alignment
         self.deadline = deadline
         self.state = SourceState(True, time.time())
         self._description = description
@@ -110,8 +108,8 @@ class RetrySource:
         """Open for the first time: a failure is raised, and not tried again."""
         source = await factory()
         return cls(
-            factory, source.description, source.size, maximum=source.maximum, alignment=source.alignment,
-            deadline=deadline, backoff=backoff, tell=tell, source=source,
+            factory, source.description, source.size, maximum=source.maximum, deadline=deadline, backoff=backoff,
+            tell=tell, source=source,
         )  # fmt: skip
 
     @property
@@ -259,11 +257,6 @@ class RetrySource:
         if source.size != self.size:
             await _close(source)
             raise SourceChanged(f"{source.description} has {source.size} bytes instead of {self.size}")
-        if source.alignment > self.alignment:
-            await _close(source)
-            raise SourceChanged(
-                f"{source.description} takes reads of {source.alignment} bytes only, instead of {self.alignment}"
-            )
         return source
 
     def _use(self, source: PageSource) -> None:

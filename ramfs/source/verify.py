@@ -27,7 +27,10 @@ _ZERO_PAGE: Final = np.frombuffer(ZERO_DIGEST, np.uint8)
 
 
 class VerifiedSource:
-    """A source, compared with a file of a manifest. Buffers must be ordinary memory: the bytes are looked at."""
+    """A source, compared with a file of a manifest. It reads whole pages, but the last of the file.
+
+    Buffers must be ordinary memory: the bytes are looked at.
+    """
 
     def __init__(self, source: PageSource, file: File, name: str, *, again: int = AGAIN) -> None:
         """Raises SourceChanged if it has not the size that the manifest tells."""
@@ -40,8 +43,7 @@ class VerifiedSource:
         self._again = again
         self._digests: Digests = file.digests
         self.size = source.size
-        self.alignment = max(source.alignment, PAGE)
-        self.maximum = max(source.maximum // self.alignment * self.alignment, self.alignment)
+        self.maximum = max(source.maximum // PAGE * PAGE, PAGE)
         self.verified = 0
         """bytes that were right"""
 
@@ -103,12 +105,8 @@ class VerifiedSource:
         digests = np.frombuffer(found, np.uint8).reshape(-1, DIGEST)
         right = (digests == expected).all(axis=1)
         right |= (expected == _ZERO).all(axis=1) & (digests == _ZERO_PAGE).all(axis=1)
-        step, end = self.alignment, offset + len(buffer)
-        wrong: list[tuple[int, int]] = []
-        for a, b in runs_of(~right):
-            low, high = (first + a) << PAGE_SHIFT, (first + b) << PAGE_SHIFT
-            wrong.append((low // step * step, min(-(-high // step) * step, end)))
-        return wrong
+        end = offset + len(buffer)
+        return [((first + a) << PAGE_SHIFT, min((first + b) << PAGE_SHIFT, end)) for a, b in runs_of(~right)]
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         """By the digests: what the source says of zeros could be wrong, and nobody would read them."""

@@ -58,7 +58,6 @@ class Item:
     """A file of a shelf."""
 
     maximum = 8 * PAGE
-    alignment = 1
 
     def __init__(self, shelf: Shelf, name: str) -> None:
         self.description = name

@@ -120,15 +120,25 @@ async def test_block_sizes_are_honoured(disk: Path) -> None:
     policy = ["blocksize-minimum=4096", "blocksize-preferred=64K", "blocksize-maximum=128K"]
     with nbdkit("--filter=blocksize-policy", "file", disk, *policy, "blocksize-error-policy=error") as uri:
         async with opened(uri) as source:
-            assert (source.alignment, source.maximum) == (4096, 128 << 10)
+            assert source.maximum == 128 << 10
             assert await read_all(source, source.maximum) == DATA
-            for offset, length in ((512, 4096), (0, 512), (0, 256 << 10), (SIZE, 4096), (-4096, 4096)):
+            for offset, length in ((512, 4096), (0, 512), (SIZE - 1, 1), (4095, 128 << 10)):
+                assert await read(source, offset, length) == DATA[offset : offset + length]
+            for offset, length in ((0, 256 << 10), (SIZE, 4096), (-4096, 4096)):
                 with pytest.raises(ValueError, match="cannot be read at once"):
                     await read(source, offset, length)
             assert await source.extents(MB - 100, 300) == [
                 Extent(MB - 100, 100, False),
                 Extent(MB, 200, True),
             ]
+    # Pages of a server whose blocks are larger than they are, and as large as its reads.
+    policy = ["blocksize-minimum=64K", "blocksize-preferred=64K", "blocksize-maximum=64K"]
+    with nbdkit("--filter=blocksize-policy", "file", disk, *policy, "blocksize-error-policy=error") as uri:
+        async with opened(uri) as source:
+            for offset, length in ((0, 4096), (4096, 64 << 10), (124 << 10, 8192), (SIZE - 4096, 4096)):
+                for urgent in (False, True):
+                    assert await read(source, offset, length, urgent=urgent) == DATA[offset : offset + length]
+            assert (await source.extents(MB + 4096, 4096)) == [Extent(MB + 4096, 4096, True)]
 
 
 @on_trio

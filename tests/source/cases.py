@@ -78,19 +78,15 @@ class MemorySource:
     """A source that has its bytes in memory, and tells how many of them were asked for."""
 
     description = "memory"
-    alignment = 1
 
-    def __init__(self, data: bytes, *, size: int | None = None, maximum: int = 1 << 20, alignment: int = 1) -> None:
+    def __init__(self, data: bytes, *, size: int | None = None, maximum: int = 1 << 20) -> None:
         self.data = data
         self.size = len(data) if size is None else size
         self.maximum = maximum
-        self.alignment = alignment
         self.asked = 0
 
     async def read_into(self, offset: int, buffer: memoryview, *, urgent: bool = False) -> None:
-        assert offset % self.alignment == 0
         assert len(buffer) <= self.maximum
-        assert len(buffer) % self.alignment == 0 or offset + len(buffer) == self.size
         self.asked += len(buffer)
         part = self.data[offset : offset + len(buffer)]
         buffer[: len(part)] = part
