@@ -32,6 +32,7 @@ CREATE TABLE layers (
     digested INTEGER NOT NULL DEFAULT 0,
     base     INTEGER REFERENCES layers,     -- an alias: names pages of this layer's file ...
     shift    INTEGER NOT NULL DEFAULT 0,    -- ... at page index + shift
+    copied   INTEGER NOT NULL DEFAULT 0,    -- 1: made of another layer's pages, at the same place of their files
     CHECK (base IS NULL OR sealed)
 );
 CREATE UNIQUE INDEX aliases ON layers (base, shift) WHERE base IS NOT NULL;
@@ -189,7 +190,7 @@ class Catalog:
         # Takes the exclusive lock now, not at the first write.
         self._db.execute("BEGIN IMMEDIATE")
         self._db.execute("UPDATE meta SET value = value WHERE key = 'version'")
-        for table, column in (("inodes", "btime"), ("images", "direct")):
+        for table, column in (("inodes", "btime"), ("images", "direct"), ("layers", "copied")):
             if not self.number("SELECT count(*) FROM pragma_table_info(?) WHERE name = ?", table, column):
                 self._db.execute(f"ALTER TABLE {table} ADD COLUMN {column} INTEGER NOT NULL DEFAULT 0")
         self._db.execute("COMMIT")

@@ -151,14 +151,18 @@ class LayerFile:
 class Layer:
     """A layer of the catalog: its number, state, and where its pages lie. An arriving one counts as sealed."""
 
-    __slots__ = ("base", "digested", "id", "presence", "promised", "sealed", "shift")
+    __slots__ = ("base", "copied", "digested", "id", "presence", "promised", "sealed", "shift")
 
-    def __init__(self, number: LayerId, sealed: bool, digested: bool, base: LayerId | None, shift: int) -> None:
+    def __init__(
+        self, number: LayerId, sealed: bool, digested: bool, base: LayerId | None, shift: int, copied: bool = False
+    ) -> None:
         self.id = number
         self.sealed = sealed
         self.digested = digested
         self.base = number if base is None else base
         self.shift = shift
+        self.copied = copied
+        """was it made of pages that other layers have too (a flat copy, a clone)? Then names do not tell what is new"""
         self.presence: Presence | None = None
         """of an arriving layer: which pages of its file are here"""
         self.promised = False
@@ -205,7 +209,8 @@ class Layers:
         self._mapped = 0
         """bytes of files that are mapped, without the retired"""
         for row in catalog.execute("SELECT * FROM layers"):
-            self._add(Layer(row["id"], bool(row["sealed"]), bool(row["digested"]), row["base"], row["shift"]))
+            state = bool(row["sealed"]), bool(row["digested"])
+            self._add(Layer(row["id"], *state, row["base"], row["shift"], bool(row["copied"])))
         for row in catalog.execute("SELECT layer, size, promised FROM arriving"):
             layer = self.by_id[row["layer"]]
             layer.promised = bool(row["promised"])
@@ -254,10 +259,10 @@ class Layers:
         return layer
 
     def adopt(self, path: str) -> Layer:
-        """Make a file of pages, complete and on disk, a sealed layer; it takes its place. Call in a transaction."""
-        number = LayerId(self.catalog.insert("INSERT INTO layers (sealed) VALUES (1)"))
+        """Make a file of copied pages, complete and on disk, a sealed layer; it takes its place. In a transaction."""
+        number = LayerId(self.catalog.insert("INSERT INTO layers (sealed, copied) VALUES (1, 1)"))
         os.rename(path, self.path(number))
-        layer = self._add(Layer(number, True, False, None, 0))
+        layer = self._add(Layer(number, True, False, None, 0, copied=True))
         self.catalog.on_rollback(lambda: self.remove_files(number))
         self.catalog.on_rollback(lambda: self._drop(layer))
         return layer
