@@ -760,7 +760,7 @@ class Namespace:
                 elif child is not None and child.image is not None:
                     yield path + name, child
 
-    def _contents_below(self, root: Inode) -> Iterator[tuple[bytes, ImageId, bool]]:
+    def contents_below(self, root: Inode) -> Iterator[tuple[bytes, ImageId, bool]]:
         """The regular files at or below an inode, each once: path from there, image, whether it is frozen."""
         todo, seen = [(root.ino, b"")], set[InodeNumber]()
         while todo:
@@ -777,11 +777,11 @@ class Namespace:
 
     def frozen_below(self, root: Inode) -> Iterator[tuple[bytes, ImageId]]:
         """The frozen regular files at or below an inode, each once, with their paths from there."""
-        return ((path, image) for path, image, frozen in self._contents_below(root) if frozen)
+        return ((path, image) for path, image, frozen in self.contents_below(root) if frozen)
 
     def images_below(self, root: Inode) -> set[ImageId]:
         """The contents of the regular files at or below an inode."""
-        return {image for _, image, _ in self._contents_below(root)}
+        return {image for _, image, _ in self.contents_below(root)}
 
     def is_snapshot(self, inode: Inode) -> bool:
         """Is it the top of a snapshot?"""

@@ -20,16 +20,22 @@ from ramfs.units import PAGE
 STATES: Final = ("owned", "shared", "zero", "absent")
 
 
-def page_counts(path: str) -> dict[str, int]:
-    """The pages of a file by state, from the attribute ``user.ramfs.pages``."""
-    # The kernel hands over what a guest stored into mapped pages when it is told to. Who may not open the file
-    # gets counts that are up to half a minute old; what is no regular file has none.
+def hand_over(path: str) -> None:
+    """Have the kernel hand over what a guest stored into mapped pages, which it does when it is told to.
+
+    Who may not open the file learns of it as it was up to half a minute ago; what is no regular file has nothing.
+    """
     with contextlib.suppress(OSError):
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             write_back_range(fd)
         finally:
             os.close(fd)
+
+
+def page_counts(path: str) -> dict[str, int]:
+    """The pages of a file by state, from the attribute ``user.ramfs.pages``."""
+    hand_over(path)
     counts: dict[str, int] = json.loads(os.getxattr(path, "user.ramfs.pages", follow_symlinks=False))
     return counts
 

@@ -9,6 +9,7 @@ docs/concurrency.md says which handlers await, and what may change meanwhile.
 import contextlib
 import errno
 import itertools
+import json
 import logging
 import os
 import signal
@@ -33,10 +34,12 @@ from ramfs.fuse.manifests import Manifests, is_manifest
 from ramfs.fuse.passthrough import FOPEN_PASSTHROUGH, Passthrough
 from ramfs.fuse.pulling import Pulling, Steering
 from ramfs.fuse.waiting import Waiting
+from ramfs.inspect import changes
 from ramfs.inspect.counters import Counters
+from ramfs.inspect.generations import generation
 from ramfs.inspect.report import Observer, page_counts_text
 from ramfs.ledger import OPENER, Held, Kind, Ledger, Record, inode_numbers
-from ramfs.namespace import CONTROL_XATTR, Caller, Inode, Namespace, Opener
+from ramfs.namespace import CONTROL_XATTR, Caller, Inode, Namespace, Opener, may
 from ramfs.pager import Absent, Pager, Plan
 from ramfs.ramblock import temporary_name
 from ramfs.source.base import Rest
@@ -52,6 +55,7 @@ _T = TypeVar("_T")
 _WRITES: Final = os.O_WRONLY | os.O_RDWR
 _PAGES_XATTR: Final = CONTROL_XATTR + b"pages"
 _DIRTY_XATTR: Final = CONTROL_XATTR + b"dirty"
+_GENERATION_XATTR: Final = CONTROL_XATTR + b"generation"
 #: Seconds that the kernel may keep names and attributes: only this mount changes them.
 _KEEP: Final = 300.0
 #: ... but the times of a file that is mapped for writing change without the kernel's knowing.
@@ -890,7 +894,30 @@ class Operations(pyfuse3.Operations):
             if dirty is None:
                 raise FileError(errno.ENODATA)
             return str(dirty).encode()
+        question = changes.parse_question(name)
+        if question is not None:
+            return await self._changes(InodeNumber(inode), question, self._caller(ctx))
+        if name == _GENERATION_XATTR:
+            made, parent = generation(self.namespace, InodeNumber(inode), self._caller(ctx))
+            return json.dumps({"made": made, "parent": None if parent is None else os.fsdecode(parent)}).encode()
         return self.namespace.xattr(InodeNumber(inode), name)
+
+    async def _changes(self, ino: InodeNumber, question: changes.Question, caller: Caller) -> bytes:
+        """Which pages of a file are others than in another one, which the caller must be able to open."""
+        space = self.namespace
+        mine = space.get(ino).image
+        with space.at(space.path_of(question.ino), caller) as other:
+            if not may(other, caller, 4):
+                raise FileError(errno.EACCES)
+            if other.image is None or mine is None:
+                raise FileError(errno.ENODATA)
+            theirs = space.images.acquire(other.image.id)
+            space.images.acquire(mine.id)
+        try:
+            return await changes.answer(mine, theirs, self.pager.layers, question)
+        finally:
+            for image in (mine, theirs):
+                space.images.release(image)
 
     @answered
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:

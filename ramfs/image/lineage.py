@@ -6,7 +6,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ramfs.image.table import Mask, PageTable
+from ramfs.image.table import Entries, Mask, PageTable
 from ramfs.units import ZERO, LayerId
 
 #: Pages looked at in one go: about a millisecond in which the loop waits for the interpreter.
@@ -70,6 +70,29 @@ def count_pages(
     in_place, also = np.concatenate(shared), moved[found]
     count = len(in_place) + len(also) - int(np.count_nonzero(_among(also, in_place)))
     return PageCounts(stored - count, count, total - stored - absent, absent, total)
+
+
+def differing(mine: Entries, theirs: Entries, first: int, places: Places) -> Mask:
+    """Which pages, from ``first`` on, lie elsewhere by one table than by another; zeros are a place too.
+
+    Whatever was written was written to a new place, so these are the pages that changed, with equal bytes or not.
+    """
+    found: Mask = mine != theirs
+    if places and found.any():
+        at = np.flatnonzero(found)
+        found[at] = _keys(mine[at], at + first, places) != _keys(theirs[at], at + first, places)
+    return found
+
+
+def _keys(entries: Entries, numbers: NDArray[np.int64], places: Places) -> NDArray[np.uint64]:
+    """For each page a number that tells where its bytes are: the layer of the file, and the place there."""
+    end = max(places) + 1
+    bases, shifts = np.arange(end, dtype=np.uint64), np.zeros(end, np.int64)
+    for number, (base, shift) in places.items():
+        bases[number], shifts[number] = base, shift
+    known = np.where(entries < end, entries, 0)
+    files = np.where(entries < end, bases[known], entries)
+    return (numbers + shifts[known]).astype(np.uint64) | files << np.uint64(32)
 
 
 def _among(values: NDArray[Any], known: NDArray[Any]) -> Mask:

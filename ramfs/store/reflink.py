@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ramfs.image.table import Entries
 from ramfs.store.files import data_extents
@@ -53,29 +54,46 @@ def allocated_extents(fd: int) -> list[tuple[int, int]]:
 
     To SEEK_DATA what XFS has set aside beside a page that was copied on a write looks like data.
     """
-    return [(first, stop) for first, stop, _ in _mapped(fd, _FIEMAP_SYNC)]
+    return [(low >> PAGE_SHIFT, pages(high)) for low, high, _, _ in _mapped(fd, _FIEMAP_SYNC)]
 
 
 def shared_pages(fd: int) -> int:
     """How many pages of a file are in blocks that other files have too, as far as the file has been written back."""
-    return sum(stop - first for first, stop, flags in _mapped(fd, 0) if flags & _SHARED)
+    return sum(pages(high) - (low >> PAGE_SHIFT) for low, high, _, flags in _mapped(fd, 0) if flags & _SHARED)
 
 
-def _mapped(fd: int, how: int) -> Iterator[tuple[int, int, int]]:
-    """The ranges of pages that were written, with the flags of FIEMAP."""
-    start, size = 0, os.fstat(fd).st_size
-    while start < size:
-        answer = bytearray(_FIEMAP.pack(start, size - start, how, 0, _EXTENTS, 0))
+def blocks_of(fd: int, first: int, stop: int) -> NDArray[np.int64]:
+    """Where pages ``[first, stop)`` of a file are on its disk: the same place is the same page, and 0 is a hole.
+
+    Has what is dirty there written back. A page that is not in one piece has an odd number, which tells nothing.
+    Raises OSError.
+    """
+    found, size = np.zeros(stop - first, np.int64), os.fstat(fd).st_size
+    for low, high, place, _ in _mapped(fd, _FIEMAP_SYNC, first << PAGE_SHIFT, stop << PAGE_SHIFT):
+        a, b = max(low >> PAGE_SHIFT, first), min(pages(high), stop)
+        found[a - first : b - first] = np.arange(a, b) * PAGE + (place - low + 2 * PAGE)
+        for page in {a, b - 1}:
+            if page << PAGE_SHIFT < low or high < min((page + 1) << PAGE_SHIFT, size):
+                found[page - first] |= 1
+    return found
+
+
+def _mapped(fd: int, how: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int, int, int]]:
+    """The ranges of bytes that were written, up to the end of the file: start, end, place on disk, flags of FIEMAP."""
+    size = os.fstat(fd).st_size
+    stop = size if stop is None else min(size, stop)
+    while start < stop:
+        answer = bytearray(_FIEMAP.pack(start, stop - start, how, 0, _EXTENTS, 0))
         answer += bytes(_EXTENT.size * _EXTENTS)
         fcntl.ioctl(fd, _FS_IOC_FIEMAP, answer)
         *_, count, _, _ = _FIEMAP.unpack_from(answer)
         if count == 0:
             break
         for number in range(count):
-            low, _, length, flags = _EXTENT.unpack_from(answer, _FIEMAP.size + number * _EXTENT.size)
+            low, place, length, flags = _EXTENT.unpack_from(answer, _FIEMAP.size + number * _EXTENT.size)
             start = low + length
             if not flags & _UNWRITTEN and low < size:
-                yield low >> PAGE_SHIFT, pages(min(start, size)), flags
+                yield low, min(start, size), place, flags
 
 
 def entries_of(extents: list[tuple[int, int]], layer: LayerId) -> list[tuple[int, Entries]]:
