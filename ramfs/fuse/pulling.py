@@ -95,9 +95,10 @@ class Pulling(Job):
         if not sizes:
             raise SourceRefused(f"{directory.description} has no files: nothing to pull")
         for path in sizes.keys() & known.keys():
-            if known[path].size != sizes[path]:
+            if not known[path].can_have(sizes[path]):
                 where = f"{path} of {directory.description}"
                 raise SourceBroken(f"{where} has {sizes[path]} bytes, and {known[path].size} by its manifest")
+            sizes[path] = known[path].size
         return {path: _Found(paths[path], size, known.get(path)) for path, size in sizes.items()}
 
     async def _make(self, files: dict[str, _Found]) -> None:

@@ -19,7 +19,7 @@ from ramfs.errors import SourceBroken, SourceRefused
 from ramfs.image.digest import DIGEST
 from ramfs.image.table import NORESERVE
 from ramfs.source.base import PageSource, SourceDirectory, read_whole
-from ramfs.units import MAX_FILE_SIZE, MAX_NAME, pages
+from ramfs.units import MAX_FILE_SIZE, MAX_NAME, PAGE, pages
 
 #: The file's name in a frozen directory, and of the export.
 NAME: Final = "ramfs.manifest"
@@ -46,6 +46,10 @@ class File(NamedTuple):
 
     size: int
     digests: Digests
+
+    def can_have(self, size: int) -> bool:
+        """Can a server call it so large? Some round up, to less than a page more."""
+        return self.size <= size < self.size + PAGE
 
 
 class Manifest(NamedTuple):

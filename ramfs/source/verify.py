@@ -34,7 +34,7 @@ class VerifiedSource:
 
     def __init__(self, source: PageSource, file: File, name: str, *, again: int = AGAIN) -> None:
         """Raises SourceChanged if it has not the size that the manifest tells."""
-        if source.size != file.size:
+        if not file.can_have(source.size):
             raise SourceChanged(
                 f"{source.description}: {name} has {source.size} bytes, and {file.size} by its manifest"
             )
@@ -42,7 +42,7 @@ class VerifiedSource:
         self._name = name
         self._again = again
         self._digests: Digests = file.digests
-        self.size = source.size
+        self.size = file.size
         self.maximum = max(source.maximum // PAGE * PAGE, PAGE)
         self.verified = 0
         """bytes that were right"""

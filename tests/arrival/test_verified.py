@@ -287,9 +287,12 @@ def test_a_manifest_of_other_files(mounted: Mount, served: Path, tmp_path: Path)
         (served / "state").write_bytes(b"x")
         assert "1200 by its manifest" in refused(mounted, uri)["message"]
         shutil.copy(served / "states", served / "state")
+        with (served / "state").open("ab") as state:
+            state.write(bytes(4096 - 1200))  # a server that rounds up
         assert not pull(mounted, uri)["verified"], "one file is not in it"
         wait_until_here(mounted)
-    assert (mounted.path / "vm" / "states").read_bytes() == (served / "state").read_bytes()
+    assert (mounted.path / "vm" / "states").read_bytes() == (served / "states").read_bytes()
+    assert (mounted.path / "vm" / "state").read_bytes() == (served / "states").read_bytes()
 
 
 def test_no_manifest_but_a_file_of_that_name(mounted: Mount, served: Path, tmp_path: Path) -> None:
