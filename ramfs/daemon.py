@@ -64,6 +64,8 @@ class MountRequest:
     template_rdwr: bool = False
     native: str = "auto"
     """which files the kernel may serve from the store by itself: auto, frozen or off"""
+    working_sets: bool = True
+    """whether what clones ask for first is recorded, and read ahead for others"""
 
 
 class Daemon:
@@ -118,6 +120,7 @@ class Daemon:
                 passthrough,
                 self.pulls,
                 template_rdwr=request.template_rdwr,
+                working_sets=request.working_sets,
                 held=held,
             )
             session = Session(self.operations, request.mountpoint, request.options, kept.get("fuse"))
@@ -255,6 +258,7 @@ class Daemon:
                 if not settled:
                     await self.pager.settle()
                     settled = True
+                self.operations.working_sets.tend()
                 await self.operations.passthrough.leave_idle()
                 if self.namespace.ledger.has_grown:
                     self.namespace.ledger.renew(self.operations.held())

@@ -492,6 +492,8 @@ class Pager:
         parts = [(low - shift, source.table.entries[low:high].copy()) for low, high in regions]
         live = source.live
         with self.store.catalog.transaction():
+            if source.frozen and first == 0 == shift:
+                self.images.set_parent(target, source)
             if live is not None and any((entries == live.id).any() for _, entries in parts):
                 self.images.seal(source)
             # All layers of the source: looking which of them the range really names would cost more than it saves.

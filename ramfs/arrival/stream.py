@@ -1,8 +1,9 @@
 """Fills arriving layers in the background, behind whoever waits for a page.
 
-What comes next: first the neighbourhood of the pages that were touched last, then all others from the beginning
-on. Asked for is only what is absent, not on its way, known to be more than zeros, and named by some table: what
-guests have overwritten or given back meanwhile is never fetched.
+What comes next: first the neighbourhood of the pages that were touched last, then what guests are known to ask for
+first (image/working_set.py), then all others from the beginning on. Asked for is only what is absent, not on its
+way, known to be more than zeros, and named by some table: what guests have overwritten or given back meanwhile is
+never fetched.
 """
 
 import math
@@ -16,6 +17,7 @@ import trio
 from ramfs.arrival.fetch import LARGEST, Arrival, together
 from ramfs.errors import SourceError
 from ramfs.image.table import Mask, runs_of
+from ramfs.image.working_set import batches
 from ramfs.pager import Pager
 from ramfs.store.images import Image
 from ramfs.store.presence import ABSENT
@@ -90,6 +92,8 @@ class Stream:
         self._runs: deque[tuple[int, int]] = deque()
         self._left = 0
         """pages in them"""
+        self._ahead: deque[tuple[int, int]] = deque()
+        """what comes before all that is in order"""
         self._cursor = 0
         self._end = len(arrival.presence.states)
         self._looking = trio.Lock()
@@ -111,6 +115,7 @@ class Stream:
         try:
             while not await self._is_complete():
                 self._cursor, self._began, self._fetched = 0, trio.current_time(), 0
+                self._ahead = self._working_sets()
                 self._at_once = _FEWEST
                 await together(partial(self._work, number) for number in range(_MOST))
                 if self._failed is not None:
@@ -183,7 +188,7 @@ class Stream:
 
     @property
     def _is_at_end(self) -> bool:
-        return self._cursor >= self._end and not self._runs
+        return self._cursor >= self._end and not self._runs and not self._ahead
 
     def _cut(self, first: int, stop: int) -> tuple[int, int]:
         """The next piece of a run."""
@@ -203,10 +208,16 @@ class Stream:
 
     async def _next(self) -> tuple[int, int] | None:
         """The next piece in order; None when the end is reached."""
-        while self._cursor < self._end and (not self._runs or (self._left < _SOON and not self._looking.locked())):
+        while (self._ahead or self._cursor < self._end) and (
+            not self._runs or (self._left < _SOON and not self._looking.locked())
+        ):
             async with self._looking:
-                if self._left < _SOON and self._cursor < self._end:
-                    await self._look_at(self._cursor, min(self._cursor + _WINDOW, self._end))
+                if self._left < _SOON and self._ahead:
+                    await self._look_at(*self._ahead.popleft())
+                elif self._left < _SOON and self._cursor < self._end:
+                    first, stop = self._cursor, min(self._cursor + _WINDOW, self._end)
+                    await self._look_at(first, stop)
+                    self._cursor = stop
         if not self._runs:
             return None
         run = self._runs.popleft()
@@ -219,12 +230,23 @@ class Stream:
     async def _look_at(self, first: int, stop: int) -> None:
         """Note what is to be fetched of the next window."""
         await self._note_zeros(first, stop)
-        self._cursor = stop
         found = self._lacking(first, stop)
         self._runs.extend(found)
         self._left += sum(b - a for a, b in found)
         if not self._fetched:  # to connect, and to learn where zeros are, says nothing of the rate
             self._began = trio.current_time()
+
+    def _working_sets(self) -> deque[tuple[int, int]]:
+        """What is asked for first of the files that were made of the layer, as far as that is known."""
+        images = self._pager.images
+        self._find_users()
+        found: deque[tuple[int, int]] = deque()
+        for image in self._users:
+            records = images.working_set(image.id)
+            if records is not None:
+                for runs in batches(records, min(image.size, self._end << PAGE_SHIFT), _AHEAD):
+                    found.extend(runs)
+        return found
 
     async def _note_zeros(self, first: int, stop: int) -> None:
         """Ask the source what it has only zeros of."""

@@ -30,7 +30,7 @@ IGNORED: Final = frozenset(
      "nodiratime", "diratime", "relatime", "norelatime", "strictatime", "nostrictatime", "lazytime", "nolazytime")
 )  # fmt: skip
 NATIVE: Final = frozenset(("native=auto", "native=frozen", "native=off"))
-OURS: Final = NATIVE | {"template_rdwr", "debug"}
+OURS: Final = NATIVE | {"template_rdwr", "noprefetch", "debug"}
 
 #: Where a daemon in the background logs to, when something listens there.
 SYSLOG: Final = "/dev/log"
@@ -148,6 +148,8 @@ def mount(
                       itself: frozen ones that are one layer, or none
       template_rdwr   let frozen files be opened for writing, which QEMU before
                       8.2 needs for share=off; no write is accepted even then
+      noprefetch      neither record what guests ask for first when they go on
+                      from a snapshot, nor read that ahead for the next ones
       debug           log more
     """  # noqa: D301 - click takes the backspace for "do not wrap"
     passed, ours = split_options(options)
@@ -181,6 +183,7 @@ def mount(
         mountpoint,
         (*passed, "subtype=ramfs", f"fsname={_escape(store)}"),
         template_rdwr="template_rdwr" in ours,
+        working_sets="noprefetch" not in ours,
         native=next((word.partition("=")[2] for word in ours if word.startswith("native=")), "auto"),
     )
     to_supervisor = Link(link)

@@ -2,8 +2,9 @@
 
 The kernel hands dirty mapped pages over when it likes to, up to half a minute late. A snapshot must have them,
 so before it freezes anything it syncs the files that somebody has open for writing. The loop serves the
-writes meanwhile. An LSEEK has the part of a file written back that its answer depends on. No thread of the
-daemon touches the mount: flush_helper.py tells why.
+writes meanwhile. An LSEEK has the part of a file written back that its answer depends on. What a clone will ask
+for is read into the kernel's cache (working_sets.py). No thread of the daemon touches the mount: flush_helper.py
+tells why.
 """
 
 import contextlib
@@ -25,6 +26,8 @@ from ramfs.units import ROOT
 
 #: Processes at most that sync at a time; each syncs one file after the other.
 _MOST: Final = 8
+#: ... and that have the kernel read: for others there is to be time in between.
+_MOST_AHEAD: Final = 2
 #: The first Linux whose sync_file_range(2) waits for the answers to the WRITEs that it makes. Those before copy
 #: dirty pages and call them clean at once.
 _WAITS_SINCE: Final = (6, 16)
@@ -71,9 +74,18 @@ class Flusher:
         self._threads = trio.CapacityLimiter(_MOST)
         # ... and these for no lock that somebody holds while he waits for them.
         self._writing_back = trio.CapacityLimiter(_MOST)
+        # ... and these hold nobody up.
+        self._reading_ahead = trio.CapacityLimiter(_MOST_AHEAD)
         self.can_write_back = _kernel() >= _WAITS_SINCE
+        self.pids: set[int] = set()
+        """of the processes: what they have open is not in use"""
         # The first starts up while the mount is made.
-        self._idle = [_Helper()]
+        self._idle = [self._start()]
+
+    def _start(self) -> _Helper:
+        helper = _Helper()
+        self.pids.add(helper.process.pid)
+        return helper
 
     async def look(self) -> int:
         """Learn the mount's st_dev. Raises OSError; ENOTCONN when it is unmounted already."""
@@ -107,6 +119,17 @@ class Flusher:
         (same,) = await self._ask(job, self._writing_back)
         return bool(same)
 
+    async def read_ahead(self, ino: int, path: bytes, parts: Sequence[tuple[int, int]]) -> bool:
+        """Have the kernel read parts ``(offset, length)`` of a file that it has not got; returns when it has them.
+
+        False if the file is not at ``path`` any more. Raises MountError or OSError.
+        """
+        if self.device < 0:
+            await self.look()
+        job = (self.device, ino, path, list(parts))
+        (same,) = await self._ask(job, self._reading_ahead)
+        return bool(same)
+
     async def _ask(self, job: Any, limiter: trio.CapacityLimiter | None = None) -> Any:
         # Given up when the session ends: then nobody answers the helper any more until the mount is gone.
         answer = await trio.to_thread.run_sync(
@@ -127,11 +150,12 @@ class Flusher:
             try:
                 helper, fresh = self._idle.pop(), False
             except IndexError:
-                helper, fresh = _Helper(), True
+                helper, fresh = self._start(), True
             try:
                 answer = helper.ask(request)
             except (EOFError, OSError) as exc:
                 helper.close()
+                self.pids.discard(helper.process.pid)
                 if fresh:
                     raise OSError(errno.EIO, "the process that syncs files of the mount has ended") from exc
             else:

@@ -1,4 +1,5 @@
-"""The process that syncs files of the mount for the daemon: run as a script, with a socket as standard input.
+"""The process that syncs files of the mount for the daemon, and has the kernel read them: run as a script, with a
+socket as standard input.
 
 It must not be the daemon itself. A thread that waits for its own process's mount cannot be killed, and keeps
 /dev/fuse open: were the daemon killed in that moment, it would stay for ever, and with it every guest, the mount
@@ -9,6 +10,7 @@ Requests and answers are objects of `marshal`, which both sides have in the same
     (mountpoint, None)              ((st_dev, st_ino) of what is at the mountpoint,)
     (mountpoint, (st_dev, paths))   ([st_ino of each file that was synced],), with None for one that is gone
     (mountpoint, (st_dev, st_ino, path, offset, length))
+    (mountpoint, (st_dev, st_ino, path, [(offset, length), ...]))
                                     (whether the file at the path is still that one,)
                                     or (errno, what failed)
 """
@@ -16,10 +18,11 @@ Requests and answers are objects of `marshal`, which both sides have in the same
 import contextlib
 import ctypes
 import errno
+import functools
 import marshal
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 #: What to run.
@@ -66,29 +69,63 @@ def write_back_range(fd: int, offset: int = 0, length: int = 0) -> None:
         raise OSError(code, os.strerror(code))
 
 
-def write_back(mountpoint: bytes, device: int, ino: int, path: bytes, offset: int, length: int) -> tuple[Any, ...]:
-    """Have what is dirty in a range of a file written back; the answer."""
+@contextlib.contextmanager
+def _same(mountpoint: bytes, device: int, ino: int, path: bytes) -> Iterator[int]:
+    """The file at a path, open, if it is still that one; else -1. Raises OSError, with COVERED too."""
     try:
         fd = _open(mountpoint, path)
     except FileNotFoundError:
-        return (False,)
+        yield -1
+        return
     try:
         status = os.fstat(fd)
         if status.st_dev != device:
-            return (COVERED, path)
-        if status.st_ino != ino:
-            return (False,)
-        write_back_range(fd, offset, length)
+            raise OSError(COVERED, "another mount", path)
+        yield fd if status.st_ino == ino else -1
     finally:
         os.close(fd)  # which flushes nothing, as it can only read: so it does not wait for the lock
-    return (True,)
+
+
+def write_back(mountpoint: bytes, device: int, ino: int, path: bytes, offset: int, length: int) -> tuple[Any, ...]:
+    """Have what is dirty in a range of a file written back; the answer."""
+    with _same(mountpoint, device, ino, path) as fd:
+        if fd >= 0:
+            write_back_range(fd, offset, length)
+        return (fd >= 0,)
+
+
+@functools.cache
+def _ahead(device: int) -> int:
+    """Bytes that the kernel reads for one posix_fadvise(2), at most, of a file that is said to be read in order."""
+    with open(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb") as file:
+        return max(2 * int(file.read()) << 10, 4096)
+
+
+def read_ahead(
+    mountpoint: bytes, device: int, ino: int, path: bytes, parts: Sequence[tuple[int, int]]
+) -> tuple[Any, ...]:
+    """Have the kernel read parts of a file that it has not got, in their order; the answer, when it has them.
+
+    It only ever adds pages to its cache, so what a guest stores meanwhile stays.
+    """
+    with _same(mountpoint, device, ino, path) as fd:
+        if fd >= 0:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            step = _ahead(device)
+            for offset, length in parts:
+                for at in range(offset, offset + length, step):
+                    os.posix_fadvise(fd, at, min(step, offset + length - at), os.POSIX_FADV_WILLNEED)
+            os.pread(fd, 1, sum(parts[-1]) - 1)  # which waits for the last of them
+        return (fd >= 0,)
 
 
 def answer_to(mountpoint: bytes, job: Any) -> tuple[Any, ...]:
     """What a request asks for, done."""
     if job is None:
         return (look(mountpoint),)
-    return sync_files(mountpoint, *job) if len(job) == 2 else write_back(mountpoint, *job)
+    if len(job) == 2:
+        return sync_files(mountpoint, *job)
+    return read_ahead(mountpoint, *job) if len(job) == 4 else write_back(mountpoint, *job)
 
 
 def look(mountpoint: bytes) -> tuple[int, int]:

@@ -34,6 +34,7 @@ from ramfs.fuse.manifests import Manifests, is_manifest
 from ramfs.fuse.passthrough import FOPEN_PASSTHROUGH, Passthrough
 from ramfs.fuse.pulling import Pulling, Steering
 from ramfs.fuse.waiting import Waiting
+from ramfs.fuse.working_sets import WorkingSets, is_working_set
 from ramfs.inspect import changes
 from ramfs.inspect.counters import Counters
 from ramfs.inspect.generations import generation
@@ -81,7 +82,7 @@ class Operations(pyfuse3.Operations):
 
     def __init__(
         self, pager: Pager, namespace: Namespace, observer: Observer, flusher: Flusher, passthrough: Passthrough,
-        pulls: Pulls, *, template_rdwr: bool = False, held: Held | None = None,
+        pulls: Pulls, *, template_rdwr: bool = False, working_sets: bool = True, held: Held | None = None,
     ) -> None:  # fmt: skip
         """``held`` is what the kernel holds already, when another daemon served the mount before."""
         super().__init__()
@@ -97,6 +98,8 @@ class Operations(pyfuse3.Operations):
         self._waiting = Waiting()
         self.counters: Counters = observer.counters
         self.ledger: Ledger = namespace.ledger
+        self.working_sets = WorkingSets(pager, namespace, flusher, self.counters, working_sets)
+        self._watched = self.working_sets.watched
         self.outcomes = pager.store.outcomes
         # No number is given twice, not by another daemon either: a RELEASE may come again.
         self._numbers = itertools.count(time.monotonic_ns())
@@ -118,7 +121,7 @@ class Operations(pyfuse3.Operations):
         handle, ino = HandleId(record.b), InodeNumber(record.c)
         uid, gid, pid, _, _ = OPENER.unpack_from(record.payload)
         if virtual.is_virtual(ino):
-            data = record.payload[OPENER.size :]
+            data = self.working_sets.text(ino) if is_working_set(ino) else record.payload[OPENER.size :]
             text = self.manifests.reopen(ino) if is_manifest(ino) else None
             self._files[handle] = VirtualHandle(handle, ino, data, uid, gid, pid, manifest=text)
             return
@@ -134,7 +137,8 @@ class Operations(pyfuse3.Operations):
         yield from self.namespace.held()
         for handle, file in self._files.items():
             if isinstance(file, VirtualHandle):
-                payload = OPENER.pack(file.uid, file.gid, file.pid, 0, 0) + file.data
+                payload = OPENER.pack(file.uid, file.gid, file.pid, 0, 0)
+                payload += b"" if is_working_set(file.ino) else file.data
                 yield Record(Kind.OPEN, 0, handle, file.ino, payload=payload)
             else:
                 opener = file.inode.opens[file.id]
@@ -194,6 +198,9 @@ class Operations(pyfuse3.Operations):
             counters = self.counters
             counters.reads += 1
             counters.read_bytes += size
+            watched = self._watched.get(handle)
+            if watched is not None:
+                watched.note(offset, size)
             if image.direct is not None:  # readahead(2), which asks past the native path
                 return self.pager.copy_out(image, offset, size)
             return self.pager.plan(image, offset, size) or b""
@@ -326,7 +333,7 @@ class Operations(pyfuse3.Operations):
     def ioctl_now(self, ino: int, command: int, given: bytes, room: int) -> bytes | int:
         """IOCTL: what it gives back, or -errno. The kernel asks about any file that can be opened."""
         try:
-            frozen = is_manifest(ino) if virtual.is_virtual(ino) else self.namespace.get(InodeNumber(ino)).frozen
+            frozen = _is_of_snapshot(ino) if virtual.is_virtual(ino) else self.namespace.get(InodeNumber(ino)).frozen
             return fileattr.answer(command, given, room, immutable=frozen)
         except Exception as exc:
             return self._failed(exc, "ioctl", ino, command)
@@ -500,6 +507,8 @@ class Operations(pyfuse3.Operations):
     def _virtual_entry(self, ino: InodeNumber) -> pyfuse3.EntryAttributes:
         if is_manifest(ino):
             return self.manifests.attributes(ino)
+        if is_working_set(ino):
+            return self.working_sets.attributes(ino)
         return virtual.attributes(ino, self.namespace.get(ROOT))
 
     @answered
@@ -513,6 +522,9 @@ class Operations(pyfuse3.Operations):
         if manifest is not None:
             await self.manifests.prepare(manifest)
             return self._virtual_entry(manifest)
+        working_set = self.working_sets.find(InodeNumber(parent_inode), name)
+        if working_set is not None:
+            return self._virtual_entry(working_set)
         return self._entry(self.namespace.lookup(InodeNumber(parent_inode), name))
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
@@ -540,7 +552,7 @@ class Operations(pyfuse3.Operations):
         if virtual.is_virtual(inode):
             if fields.update_size and inode == virtual.CONTROL:  # open(O_TRUNC)
                 return self._virtual_entry(InodeNumber(inode))
-            raise FileError(errno.EROFS if is_manifest(inode) else errno.EPERM)
+            raise FileError(errno.EROFS if _is_of_snapshot(inode) else errno.EPERM)
         values: dict[str, int] = {}
         node = self.namespace.get(InodeNumber(inode))
         if node.image is not None:
@@ -651,7 +663,12 @@ class Operations(pyfuse3.Operations):
         """UNLINK."""
         if self._done_before() or REQUEST.get() in self._unaliased:
             return
-        self.namespace.unlink(self._check_parent(parent_inode, name), name)
+        parent = self._check_parent(parent_inode, name)
+        working_set = self.working_sets.find(parent, name)
+        if working_set is not None:
+            self.working_sets.remove(working_set)
+        else:
+            self.namespace.unlink(parent, name)
 
     @answered
     async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
@@ -719,6 +736,8 @@ class Operations(pyfuse3.Operations):
         inode.opens[handle] = Opener(pid, writable and not inode.frozen)
         self._images[handle] = image
         self._files[handle] = FileHandle(handle, inode, image)
+        if not backing and not inode.frozen:
+            self.working_sets.opened(handle, inode, image, pid, read_write=flags & os.O_ACCMODE == os.O_RDWR)
         if not writable or live:
             # The kernel else writes back all that a guest has dirty whenever a reader of its memory closes it.
             native.mark_open(handle, _FOPEN_NOFLUSH | (FOPEN_PASSTHROUGH if backing else 0), backing)
@@ -733,7 +752,7 @@ class Operations(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         """OPEN."""
         if virtual.is_virtual(inode):
-            if is_manifest(inode) and flags & (_WRITES | os.O_TRUNC):
+            if _is_of_snapshot(inode) and flags & (_WRITES | os.O_TRUNC):
                 raise FileError(errno.EROFS)
             if flags & _WRITES and inode != virtual.CONTROL:
                 raise FileError(errno.EACCES)  # which the mode alone does not tell root
@@ -744,8 +763,10 @@ class Operations(pyfuse3.Operations):
     async def _open_virtual(self, ino: InodeNumber, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         text = await self.manifests.open(ino) if is_manifest(ino) else None
         handle = HandleId(next(self._numbers))
-        data = virtual.contents(ino, self.observer)
-        self._note_open(handle, ino, False, OPENER.pack(ctx.uid, ctx.gid, ctx.pid, 0, 0) + data)
+        kept = data = virtual.contents(ino, self.observer)
+        if is_working_set(ino):
+            data = self.working_sets.text(ino)
+        self._note_open(handle, ino, False, OPENER.pack(ctx.uid, ctx.gid, ctx.pid, 0, 0) + kept)
         self._files[handle] = VirtualHandle(handle, ino, data, ctx.uid, ctx.gid, ctx.pid, manifest=text)
         return pyfuse3.FileInfo(fh=handle, direct_io=True)
 
@@ -784,7 +805,8 @@ class Operations(pyfuse3.Operations):
 
     def _in_use(self, parent: InodeNumber, name: bytes) -> bool:
         inode = self.namespace.block_of(parent, name)
-        return inode is not None and any(_lives(opener.pid) for opener in inode.opens.values())
+        pids = set[int]() if inode is None else {opener.pid for opener in inode.opens.values()}
+        return any(map(_lives, pids - self.flusher.pids))
 
     @answered
     async def flush(self, fh: int) -> None:
@@ -801,6 +823,7 @@ class Operations(pyfuse3.Operations):
         self._images.pop(fh, None)
         file = self._files.pop(fh)
         if isinstance(file, FileHandle):
+            self.working_sets.closed(file.id)
             del file.inode.opens[file.id]
             self.passthrough.release(file.id)
             self.namespace.let_go(file.inode)
@@ -1022,6 +1045,11 @@ class Operations(pyfuse3.Operations):
             self.ledger.add(Kind.INIT, payload=native.init_request())
             if not kernel_resends():
                 native.mirror(self.ledger.requests)
+
+
+def _is_of_snapshot(ino: int) -> bool:
+    """Is it a file that every snapshot has, and no directory lists?"""
+    return is_manifest(ino) or is_working_set(ino)
 
 
 def _sought(found: int, size: int, whence: int) -> int:

@@ -8,6 +8,7 @@ import errno
 import functools
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final, NamedTuple
 
@@ -21,8 +22,10 @@ from ramfs.errors import FileError, SourceBroken, SourceLost, SourceRefused
 from ramfs.fuse.extension import pyfuse3
 from ramfs.fuse.jobs import Job
 from ramfs.fuse.like import Likeness, like_path, newest_like
+from ramfs.image import working_set
+from ramfs.image.working_set import Records
 from ramfs.namespace import Caller, Namespace
-from ramfs.source.base import SourceDirectory
+from ramfs.source.base import SourceDirectory, read_whole
 from ramfs.source.manifest import NAME, File, fetch_manifest, is_path
 from ramfs.source.opening import names_one
 from ramfs.store.images import Image
@@ -68,6 +71,7 @@ class Pulling(Job):
         self._namespace = namespace
         self._request = request
         self._caller = caller
+        self._working_sets: Mapping[bytes, Records] = {}
 
     async def work(self) -> None:
         """Make the directory."""
@@ -80,7 +84,7 @@ class Pulling(Job):
 
     async def _look(self, directory: SourceDirectory) -> dict[str, _Found]:
         """What there is, by the paths that it gets."""
-        names = set(await directory.names()) - {NAME}
+        names = set(await directory.names()) - {NAME, working_set.NAME}
         paths = {name or UNNAMED: name for name in sorted(names)}  # by the paths that they get
         _check_paths(paths, len(names), directory.description)
         sizes = await _sizes(directory, paths)
@@ -99,6 +103,7 @@ class Pulling(Job):
                 where = f"{path} of {directory.description}"
                 raise SourceBroken(f"{where} has {sizes[path]} bytes, and {known[path].size} by its manifest")
             sizes[path] = known[path].size
+        self._working_sets = await _fetch_working_sets(directory)
         return {path: _Found(paths[path], size, known.get(path)) for path, size in sizes.items()}
 
     async def _make(self, files: dict[str, _Found]) -> None:
@@ -149,6 +154,10 @@ class Pulling(Job):
                 for path, (name, size, _) in files.items()
             ]
             pull = self._pulls.begin(top, request.uri, request.options, incoming)
+            for each in incoming:
+                records = self._working_sets.get(os.fsencode(each.name))
+                if records is not None:
+                    space.images.keep_working_set(each.image.id, working_set.within(records, each.size))
         # The kernel did not see that: it would show the old link count and mtime for minutes.
         with contextlib.suppress(OSError):  # it may have forgotten the directory
             pyfuse3.invalidate_inode(directory.ino, attr_only=True)
@@ -183,6 +192,23 @@ async def _sizes(directory: SourceDirectory, names: dict[str, str]) -> dict[str,
 
     await together(functools.partial(ask, path, name) for path, name in names.items())
     return sizes
+
+
+async def _fetch_working_sets(directory: SourceDirectory) -> Mapping[bytes, Records]:
+    """What guests ask for first, by the names of the files; nothing if the source does not tell. Raises SourceError."""
+    try:
+        source = await directory.open(working_set.NAME)
+    except SourceRefused:
+        return {}
+    try:
+        data = bytearray(min(source.size, working_set.MAX_SIZE))
+        await read_whole(source, 0, memoryview(data))
+        return working_set.parse(bytes(data))
+    except ValueError as exc:
+        log.warning("%s is not used: %s", source.description, exc)
+        return {}
+    finally:
+        await source.aclose()
 
 
 def _check_paths(paths: dict[str, str], count: int, where: str) -> None:

@@ -9,6 +9,9 @@ class Counters:
 
     reads: int = 0
     read_bytes: int = 0
+    reads_ahead: int = 0
+    """of these, those that were for what a guest has not asked for yet (fuse/working_sets.py)"""
+    read_ahead_bytes: int = 0
     writes: int = 0
     written_bytes: int = 0
     shared_ranges: int = 0

@@ -101,6 +101,10 @@ CREATE TABLE IF NOT EXISTS arriving (
     promised INTEGER NOT NULL,              -- 1: ID.xxh3 has what a manifest says, and each page is compared with it
     taken INTEGER NOT NULL                  -- pages of the file that were found in other layers
 );
+CREATE TABLE IF NOT EXISTS working_sets (
+    image   INTEGER PRIMARY KEY REFERENCES images ON DELETE CASCADE,
+    records BLOB NOT NULL                   -- what guests that begin with it ask for first (image/working_set.py)
+);
 """
 
 Row = sqlite3.Row

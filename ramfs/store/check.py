@@ -30,6 +30,7 @@ import numpy as np
 from ramfs.errors import StoreDamaged, StoreVersion
 from ramfs.image.digest import DIGEST, digest_pages
 from ramfs.image.table import ENTRY, Entries, Mask, runs_of
+from ramfs.image.working_set import is_valid
 from ramfs.store.catalog import DIRECT_VERSION, KNOWN_VERSIONS
 from ramfs.store.files import data_extents, read_exactly, stored_pages
 from ramfs.store.images import HEADER, Header, table_length, unpack_header, unpack_layers
@@ -77,6 +78,9 @@ KINDS: Final[dict[str, Kind]] = {
     ),
     "image-shared": Kind(True, "two files have the same image", "the later one gets a copy"),
     "image-unused": Kind(False, "an image that no file has", "it is removed"),
+    "working-set": Kind(
+        True, "the working set of an image is damaged", "it is removed; the next resume records another"
+    ),
     "frozen-mixed": Kind(
         True, "something in a snapshot is not frozen, or only half", "it is frozen, or thawed outside"
     ),
@@ -335,6 +339,8 @@ class Check:
                 if parent == "pulls":
                     continue
                 sql = "DELETE FROM arriving WHERE layer NOT IN (SELECT id FROM layers)"
+            elif table == "working_sets":
+                sql = "DELETE FROM working_sets WHERE image NOT IN (SELECT id FROM images)"
             elif table == "images":
                 sql = "UPDATE images SET live = NULL WHERE live NOT IN (SELECT id FROM layers)"
             else:
@@ -505,6 +511,11 @@ class Check:
             self.pending.add(number)
             if not self.unclean:
                 self.note("image-unused", f"image {number}", fix=step("drop_image", number))
+        if self.db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'working_sets'").fetchone()[0]:
+            for number, blob in self.db.execute("SELECT image, records FROM working_sets").fetchall():
+                if not isinstance(blob, bytes) or not is_valid(blob):
+                    fix = step("sql", "DELETE FROM working_sets WHERE image = ?", number)
+                    self.note("working-set", self.image_paths.get(number, f"image {number}"), fix=fix)
 
     # -- layers
 
@@ -932,7 +943,7 @@ def _pages_text(ranges: list[tuple[int, int]]) -> str:
 
 
 _TABLES: Final = (
-    "meta", "layers", "images", "inodes", "names", "xattrs", "pulls", "arriving", "sqlite_sequence",
+    "meta", "layers", "images", "inodes", "names", "xattrs", "pulls", "arriving", "working_sets", "sqlite_sequence",
 )  # fmt: skip
 
 

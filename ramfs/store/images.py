@@ -27,6 +27,7 @@ import xxhash
 
 from ramfs.errors import FileError, StoreDamaged
 from ramfs.image.table import ENTRY, Entries, PageTable
+from ramfs.image.working_set import RECORD, Records, empty
 from ramfs.store.behind import Behind
 from ramfs.store.catalog import Catalog
 from ramfs.store.files import data_extents, read_exactly, sync_data, sync_directory, write_all
@@ -636,6 +637,46 @@ class Images:
         if image is not None and image.users == 0:
             del self._open[number]
             image.close()
+
+    # -- working sets
+
+    def set_parent(self, image: Image, parent: Image) -> None:
+        """Record that an image begins as what another is. In a transaction."""
+        self.catalog.execute("UPDATE images SET parent = ? WHERE id = ?", parent.id, image.id)
+
+    def working_set(self, number: ImageId) -> Records | None:
+        """What guests that begin with an image ask for first, if that is known."""
+        row = self.catalog.row("SELECT records FROM working_sets WHERE image = ?", number)
+        return None if row is None else np.frombuffer(row["records"], RECORD)
+
+    def beginning(self, image: Image) -> tuple[ImageId, Records] | None:
+        """The image whose working set is that of ``image``, as nothing was written to it yet; and that set, as known.
+
+        That is itself, for it was pulled with one, or the one that it was copied from. None if that keeps none.
+        """
+        known = self.working_set(image.id)
+        if known is not None:
+            return image.id, known
+        row = self.catalog.row(
+            "SELECT id, frozen FROM images WHERE id = (SELECT parent FROM images WHERE id = ?)", image.id
+        )
+        if row is None:
+            return None
+        known = self.working_set(row["id"])
+        if known is None and not row["frozen"]:
+            return None
+        return row["id"], empty() if known is None else known
+
+    def keep_working_set(self, number: ImageId, records: Records) -> None:
+        """Keep the working set of an image, unless that is gone; none if it is empty."""
+        if len(records):
+            self.catalog.execute(
+                "INSERT INTO working_sets SELECT id, ? FROM images WHERE id = ?"
+                " ON CONFLICT DO UPDATE SET records = excluded.records",
+                records.tobytes(), number,
+            )  # fmt: skip
+        else:
+            self.catalog.execute("DELETE FROM working_sets WHERE image = ?", number)
 
     def records(self) -> list[tuple[ImageId, Entries]]:
         """For each image, the layers that its table may name."""

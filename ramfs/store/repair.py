@@ -294,6 +294,7 @@ class Fixer:
         row = self.row("SELECT live FROM images WHERE id = ?", image)
         if row is not None and row["live"] is not None:
             self.seal(row["live"])
+        self.sql("DELETE FROM working_sets WHERE image = ?", image)
         self.sql("DELETE FROM images WHERE id = ?", image)
 
     def give_lost_image(self, ino: int) -> None:
