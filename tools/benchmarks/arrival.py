@@ -22,9 +22,9 @@ BESIDE = 64 * MIB
 
 
 @contextmanager
-def nbdkit(directory: Path) -> Iterator[str]:
-    """nbdkit's file plugin on a directory, over loopback; its URI without an export."""
-    ready = directory.with_suffix(".pid")
+def nbdkit(directory: Path, *words: str, ready: Path | None = None) -> Iterator[str]:
+    """nbdkit's file plugin on a directory, over loopback, with filters; its URI without an export."""
+    ready = ready or directory.with_suffix(".pid")
     command = [
         "nbdkit",
         "--foreground",
@@ -35,8 +35,10 @@ def nbdkit(directory: Path) -> Iterator[str]:
         str(PORT),
         "-P",
         str(ready),
+        *(word for word in words if word.startswith("-")),
         "file",
         f"dir={directory}",
+        *(word for word in words if not word.startswith("-")),
     ]
     with serving(command, ready.exists):
         yield f"nbd://{HOST}:{PORT}/"
