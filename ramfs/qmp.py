@@ -150,6 +150,36 @@ class Qmp:
                 if not was_set:
                     await self.set_capability("x-ignore-shared", False)
 
+    async def require_movable(self) -> None:
+        """:raises QmpError: some device of the guest cannot be saved."""
+        answer = cast("dict[str, Any]", await self.execute("query-migrate"))
+        if reasons := answer.get("blocked-reasons"):
+            raise QmpError(f"QEMU refuses to save the guest: {str(reasons[0]).rstrip('.')}")
+
+    async def save_devices(self, fd: int) -> None:
+        """Write the state of a stopped guest's devices, without any RAM, to the file; it stays the caller's.
+
+        That is no stream which -incoming takes yet. What cannot be saved is not told: `require_movable` before.
+
+        :raises QmpError: QEMU refused, or is gone.
+        """
+        # QEMU takes a descriptor only if it may do what it was opened for, and no more.
+        writing = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            self._send(writing)
+        finally:
+            os.close(writing)
+        number = cast("dict[str, Any]", await self.execute("add-fd"))["fdset-id"]
+        try:
+            await self.execute("xen-save-devices-state", {"filename": f"/dev/fdset/{number}", "live": False})
+        finally:
+            with contextlib.suppress(QmpError):
+                await self.execute("remove-fd", {"fdset-id": number})
+
+    async def monitor(self, command: str) -> str:
+        """What QEMU's monitor for people says to a command."""
+        return str(await self.execute("human-monitor-command", {"command-line": command})).replace("\r", "")
+
     async def load_state(self, path: str | os.PathLike[str]) -> None:
         """Load a saved device state into a QEMU started with ``-incoming defer``; the guest is then stopped.
 
@@ -175,11 +205,15 @@ class Qmp:
                 return
             await asyncio.sleep(pause)
 
-    async def _hand_over(self, fd: int) -> None:
+    def _send(self, fd: int) -> None:
+        """Give QEMU a descriptor, which the next command takes."""
         try:
             self._client.send_fd_scm(fd)
         except (QMPError, OSError) as error:
             raise QmpGone(f"cannot hand QEMU at {self._path} a file: {_sentence(error)}") from error
+
+    async def _hand_over(self, fd: int) -> None:
+        self._send(fd)
         await self.execute("getfd", {"fdname": _FD_NAME})
 
     async def _finished(self) -> None:

@@ -14,7 +14,8 @@ from ramfs.errors import EXIT_CODES, MountError, RamfsError
 
 #: Commands and the modules they are in, imported when asked for: numpy and libfuse are not needed to unmount.
 _COMMANDS: Final = (
-    "mount", "umount", "upgrade", "snapshot", "clone", "flatten", "pull", "recover", "pause", "resume", "status", "du",
+    "mount", "umount", "upgrade", "snapshot", "clone", "capture", "flatten", "pull", "recover", "pause", "resume",
+    "status", "du",
     "diff", "log",
     "fsck",
 )  # fmt: skip

@@ -17,41 +17,38 @@ snapshots of one directory at a time are refused, so a temporary file that is fo
 and is removed.
 """
 
-import asyncio
 import contextlib
 import errno
-import fcntl
 import json
 import os
-import signal
 import stat
 import tempfile
 import time
-from collections.abc import Coroutine, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final, TypeVar
 
 import click
 
 from ramfs import qmp
 from ramfs.cli._flush import Round, flush, in_thread, regular_files, rounds
+from ramfs.cli._stopping import (
+    TEMPORARY,
+    Signals,
+    check_directory,
+    discard,
+    mib,
+    milliseconds,
+    only_one,
+    pause_for,
+    remove,
+    require_fit,
+    run_to_end,
+    say,
+    sweep,
+    temporary_file,
+)
 from ramfs.cli.flatten import Results, flatten_below, print_results
-from ramfs.errors import BadName, FileError, MountError, NameTooLong, QmpError, RamfsError, UsageError
+from ramfs.errors import BadName, FileError, NameTooLong, QmpError, RamfsError, UsageError
 from ramfs.units import MAX_NAME
-
-T = TypeVar("T")
-
-_TEMPORARY: Final = ".state."
-
-#: Run states in which a guest cannot be saved, and what to do about it.
-_UNFIT: Final = {
-    "inmigrate": "it still waits for its own incoming state",
-    "postmigrate": "it was saved and has not run since; QEMU saves it again once it has (cont)",
-    "finish-migrate": "it is being saved or migrated already",
-    "save-vm": "it is being saved already",
-    "restore-vm": "it is being restored",
-    "suspended": "it sleeps; wake it first (system_wakeup)",
-}
 
 
 @dataclass
@@ -73,62 +70,6 @@ class Report:
         """Bytes flushed in all rounds, or None when the kernel does not tell."""
         found = [each.bytes for each in self.rounds]
         return None if None in found else sum(each or 0 for each in found)
-
-
-class Interrupted(RamfsError):
-    """A signal ended the command."""
-
-    def __init__(self, number: int, outcome: str) -> None:
-        super().__init__(f"interrupted by {signal.Signals(number).name}; {outcome}")
-        self.errno = errno.EINTR
-        self.exit_code = 128 + number
-
-
-class Signals:
-    """Ctrl-C and its relatives as cancellation, held back while a snapshot becomes real.
-
-    A second signal in that time cancels after all: the file system may hang for good.
-    """
-
-    NUMBERS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-    def __init__(self) -> None:
-        self.seen: int | None = None
-        #: Whether a second one has broken into what a first one may not.
-        self.forced = False
-        self._task: asyncio.Task[Any] | None = None
-        self._held = False
-        self._undoing = False
-
-    def watch(self) -> None:
-        """Cancel the current task on a signal, from now on."""
-        self._task = asyncio.current_task()
-        loop = asyncio.get_running_loop()
-        for number in self.NUMBERS:
-            loop.add_signal_handler(number, self._on_signal, number)
-
-    def _on_signal(self, number: int) -> None:
-        first = self.seen is None
-        self.seen = number
-        if self._undoing or (self._held and first) or self._task is None:
-            return
-        self.forced = self._held
-        self._task.cancel()
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Do not cancel at the first signal in this block."""
-        if self.seen is not None:
-            raise asyncio.CancelledError
-        self._held = True
-        try:
-            yield
-        finally:
-            self._held = False
-
-    def undoing(self) -> None:
-        """From here on everything is clearing up, which no signal may cut short."""
-        self._undoing = True
 
 
 class Snapshot:
@@ -158,9 +99,7 @@ class Snapshot:
         """Stop the guest, save its state into the directory, freeze, continue the guest."""
         self.signals.watch()
         async with qmp.connect(socket) as guest:
-            status = await guest.status()
-            if status in _UNFIT:
-                raise QmpError(f"the guest at {socket} cannot be saved now ({status}): {_UNFIT[status]}")
+            await require_fit(guest, socket)
             await guest.require_ignore_shared()
             pid = guest.peer()
             await in_thread(lambda: self._look_at_memory(pid))
@@ -168,41 +107,16 @@ class Snapshot:
             if was_running:
                 await self._flush_in_rounds()
             with self.signals.held():
-                fd, temporary = await in_thread(self._temporary)
+                await in_thread(lambda: sweep(self.directory))
+                fd, temporary = await in_thread(lambda: temporary_file(self.directory))
             try:
-                await self._pause_for(self._save_and_freeze(guest, fd, temporary), guest, was_running)
+                work = self._save_and_freeze(guest, fd, temporary)
+                pause = await pause_for(work, guest, self.signals, self.target, was_running=was_running, stay=self.stop)
+                self.report.pause, self.report.stopped_at = pause.seconds, pause.stopped_at
             finally:
                 # The guest runs again; only now touch the file system, which may hang.
-                await in_thread(lambda: _discard(fd, temporary))
+                await in_thread(lambda: discard(fd, temporary))
         return self.report
-
-    async def _pause_for(self, work: Coroutine[Any, Any, None], guest: qmp.Qmp, was_running: bool) -> None:
-        """Do the work while the guest is stopped, and let it go on whatever came of that."""
-        begin, stopped_at = time.monotonic(), time.time()
-        try:
-            if was_running:
-                await guest.stop()
-            await work
-        except BaseException as error:
-            self.signals.undoing()
-            work.close()
-            if was_running:
-                try:
-                    await guest.cont()
-                except qmp.QmpGone:
-                    pass  # No guest is left to continue, and the first error is the one to tell.
-                except QmpError as refusal:
-                    raise QmpError(f"{str(error) or 'interrupted'}; the guest stays stopped: {refusal}") from error
-            raise
-        self.signals.undoing()
-        if was_running and self.stop:
-            self.report.stopped_at = stopped_at
-        elif was_running:
-            try:
-                await guest.cont()
-            except QmpError as error:
-                raise QmpError(f"{self.target} is complete, but the guest does not go on: {error}") from error
-            self.report.pause = time.monotonic() - begin
 
     async def _save_and_freeze(self, guest: qmp.Qmp, fd: int, temporary: str) -> None:
         self._done(await flush(self.directory, running=False))
@@ -214,18 +128,6 @@ class Snapshot:
             begin = time.monotonic()
             await in_thread(lambda: self._publish(temporary))
             self.report.freeze = time.monotonic() - begin
-
-    def _temporary(self) -> tuple[int, str]:
-        try:
-            with os.scandir(self.directory) as entries:
-                stale = [entry.path for entry in entries if entry.name.startswith(_TEMPORARY)]
-            for path in stale:
-                _remove(path)
-            return tempfile.mkstemp(prefix=_TEMPORARY, dir=self.directory)
-        except OSError as error:
-            raise FileError(
-                error.errno or errno.EIO, f"cannot write the state into {self.directory}: {error.strerror}"
-            ) from error
 
     def _publish(self, temporary: str) -> None:
         """Make the state and the frozen directory appear; when the second fails, the first is undone."""
@@ -246,7 +148,7 @@ class Snapshot:
                 self._freeze()
             except BaseException:
                 if older < 0:
-                    _remove(state)
+                    remove(state)
                 else:
                     self._put_back(older, state)
                 raise
@@ -256,7 +158,7 @@ class Snapshot:
 
     def _put_back(self, older: int, state: str) -> None:
         was = os.fstat(older)
-        fd, temporary = tempfile.mkstemp(prefix=_TEMPORARY, dir=self.directory)
+        fd, temporary = tempfile.mkstemp(prefix=TEMPORARY, dir=self.directory)
         try:
             offset = 0
             # On the mount this shares the pages; it needs no room even where there is none.
@@ -268,7 +170,7 @@ class Snapshot:
             os.rename(temporary, state)
         finally:
             os.close(fd)
-            _remove(temporary)
+            remove(temporary)
 
     def _freeze(self) -> None:
         try:
@@ -292,13 +194,13 @@ class Snapshot:
         if not self.quiet:
             number = len(self.report.rounds)
             guest = "" if each.running else ", guest stopped"
-            amount = "" if each.bytes is None else f"{_mib(each.bytes)} "
-            _say(f"round {number}: {amount}flushed in {_milliseconds(each.seconds)}{guest}")
+            amount = "" if each.bytes is None else f"{mib(each.bytes)} "
+            say(f"round {number}: {amount}flushed in {milliseconds(each.seconds)}{guest}")
 
     def _note(self, text: str) -> None:
         self.report.notes.append(text)
         if not self.quiet:
-            _say(f"note: {text}", err=True)
+            say(f"note: {text}", err=True)
 
     def _look_at_memory(self, pid: int | None) -> None:
         """Say so when the guest's stores do not reach the directory, as far as that can be told."""
@@ -364,26 +266,27 @@ def snapshot(
     if stop and socket is None:
         raise UsageError("--stop is for the guest of --qmp: give its socket too")
     _check_name(name)
-    _check_directory(directory)
+    check_directory(directory)
     run = Snapshot(directory, name, limit, quiet=as_json, stop=stop)
-    with _only_one(directory):
+    with only_one(directory, "ramfs snapshot"):
         if os.path.lexists(run.target):
             raise run._exists()
-        report = _run(run, run.alone() if socket is None else run.with_guest(socket))
+        work = run.alone() if socket is None else run.with_guest(socket)
+        report = run_to_end(work, run.signals, run.target, "no snapshot was made")
     if as_json:
         results = {"flat": _flatten(run)} if flat else {}
-        _say(json.dumps({**asdict(report), "flushed": report.flushed(), **results}))
+        say(json.dumps({**asdict(report), "flushed": report.flushed(), **results}))
         return
     if report.state_bytes is not None and report.save is not None:
-        _say(f"state: {_mib(report.state_bytes)} saved in {_milliseconds(report.save)}")
+        say(f"state: {mib(report.state_bytes)} saved in {milliseconds(report.save)}")
     if report.freeze is not None:
-        _say(f"frozen in {_milliseconds(report.freeze)}: {report.snapshot}")
+        say(f"frozen in {milliseconds(report.freeze)}: {report.snapshot}")
     if report.pause is not None:
-        _say(f"the guest paused for {_milliseconds(report.pause)}")
+        say(f"the guest paused for {milliseconds(report.pause)}")
     elif report.stopped_at is not None:
-        _say(f"the guest was stopped {_milliseconds(time.time() - report.stopped_at)} ago and stays so")
+        say(f"the guest was stopped {milliseconds(time.time() - report.stopped_at)} ago and stays so")
     elif report.state_bytes is not None:
-        _say("the guest was stopped before and stays so")
+        say("the guest was stopped before and stays so")
     if flat:
         print_results(_flatten(run))
 
@@ -396,48 +299,11 @@ def _flatten(run: Snapshot) -> Results:
         raise FileError(error.errno, f"{run.target} is made and not flat: {error}") from error
 
 
-def _run(run: Snapshot, work: Coroutine[Any, Any, T]) -> T:
-    try:
-        return asyncio.run(work)
-    except asyncio.CancelledError:
-        outcome = "no snapshot was made"
-        if run.signals.forced:
-            outcome = f"whether {run.target} was made is not known"
-        raise Interrupted(run.signals.seen or signal.SIGINT, outcome) from None
-    except OSError as error:
-        raise FileError(error.errno or errno.EIO, f"cannot make {run.target}: {error}") from error
-
-
 def _check_name(name: str) -> None:
     if len(os.fsencode(name)) > MAX_NAME:
         raise NameTooLong(f"the snapshot's name has more than {MAX_NAME} bytes")
     if name in {"", ".", ".."} or "/" in name or "\0" in name:
         raise BadName(f"{name!r} cannot be a snapshot's name; it is the name of one directory")
-
-
-def _check_directory(directory: str) -> None:
-    try:
-        mode = os.stat(directory).st_mode
-    except (OSError, ValueError) as error:
-        number = getattr(error, "errno", None) or errno.EINVAL
-        raise FileError(number, f"cannot reach {directory}: {os.strerror(number)}") from error
-    if not stat.S_ISDIR(mode):
-        raise FileError(errno.ENOTDIR, f"{directory} is not a directory")
-    if not os.path.isdir(os.path.join(directory, ".snap")):
-        raise MountError(f"{directory} is not on a ramfs mount (it has no .snap), so it cannot be frozen")
-
-
-@contextlib.contextmanager
-def _only_one(directory: str) -> Iterator[None]:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FileError(errno.EBUSY, f"another ramfs snapshot of {directory} is running") from error
-        yield
-    finally:
-        os.close(fd)
 
 
 def _settle(fd: int) -> int:
@@ -446,31 +312,3 @@ def _settle(fd: int) -> int:
     if not size:
         raise QmpError("QEMU says that it saved the guest, but wrote nothing")
     return size
-
-
-def _discard(fd: int, path: str) -> None:
-    os.close(fd)
-    _remove(path)
-
-
-def _remove(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-
-
-def _say(text: str, *, err: bool = False) -> None:
-    try:
-        click.echo(text, err=err)
-    except OSError:
-        # A reader who has gone away is no reason to give up, the less so while a guest is stopped.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 2 if err else 1)
-        os.close(nowhere)
-
-
-def _mib(count: int) -> str:
-    return f"{count / (1 << 20):.1f} MiB"
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1000:.0f} ms" if seconds < 10 else f"{seconds:.1f} s"

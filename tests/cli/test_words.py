@@ -45,7 +45,7 @@ def arguments(name: str) -> list[str]:
 def required(name: str) -> list[str]:
     """The options that a command cannot do without."""
     options = [param for param in command(name).params if isinstance(param, click.Option) and param.required]
-    return [word for option in options for word in (option.opts[0], "x")]
+    return [word for option in options for word in (option.opts[0], "1")]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-PROBES = ("fill", "touch", "store", "write", "steady")
+PROBES = ("fill", "touch", "store", "write", "steady", "capture")
 PATIENCE = 300.0  # seconds for any one command; a hung mount must not hang the run
 
 KIB = 1 << 10
