@@ -19,6 +19,7 @@ import logging
 import math
 import mmap
 import os
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -89,7 +90,7 @@ class _Flight:
 class Arrival:
     """One arriving layer, and the source of its pages."""
 
-    def __init__(self, pager: Pager, layer: Layer, source: RetrySource) -> None:
+    def __init__(self, pager: Pager, layer: Layer, source: RetrySource, first: Iterable[tuple[int, int]] = ()) -> None:
         assert layer.presence is not None
         self.pager = pager
         self.layer = layer
@@ -102,6 +103,8 @@ class Arrival:
         """pages after which somebody who waited will look next, the last one last; the stream takes them"""
         self.waiting = 0
         """how many wait for absent pages"""
+        self.first: deque[tuple[int, int]] = deque(first)
+        """the pages that guests ask for first, in that order, as far as they are not known to be here"""
         self.touched_at = -math.inf
         """when somebody had what he waited for"""
         self._idle = trio.Event()
@@ -126,6 +129,12 @@ class Arrival:
         return self.layer.id in self.pager.layers.arriving
 
     # -- what is to be fetched
+
+    def first_lacking(self) -> int:
+        """Pages that guests ask for first, and that are absent."""
+        while self.first and self.presence.here(*self.first[0]):
+            self.first.popleft()
+        return sum(int(np.count_nonzero(self.presence.states[a:b] == ABSENT)) for a, b in self.first)
 
     def unasked(self, first: int, stop: int) -> list[tuple[int, int]]:
         """The runs of pages within ``[first, stop)`` that are absent and not on their way."""

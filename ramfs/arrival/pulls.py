@@ -29,6 +29,7 @@ from ramfs.arrival.known import Known
 from ramfs.arrival.stream import Stream, Throttle
 from ramfs.errors import RamfsError, SourceError, SourceLost, SourceRefused
 from ramfs.image.digest import DIGEST
+from ramfs.image.working_set import Records, batches, empty, within
 from ramfs.pager import Pager
 from ramfs.source.base import PageSource, SourceDirectory
 from ramfs.source.manifest import File
@@ -47,6 +48,8 @@ Opener = Callable[[str], Awaitable[SourceDirectory]]
 
 #: Seconds until a stream that met an error begins again.
 _AGAIN: Final = 5.0
+#: Pages of what guests ask for first that are streamed in the order of the file.
+_FIRST: Final = 1 << 10
 #: Seconds over which the rate is told.
 _LATELY: Final = 2.0
 #: ... and between two looks at what came.
@@ -69,6 +72,8 @@ class Incoming(NamedTuple):
     name: str
     size: int
     known: Known | None
+    first: Records | None = None
+    """what guests ask for first, if the source tells"""
 
 
 class Pull:
@@ -101,7 +106,7 @@ class Pull:
 
     # -- its source
 
-    def add(self, layer: Layer, name: str, size: int, taken: int) -> None:
+    def add(self, layer: Layer, name: str, size: int, taken: int, first: Records | None) -> None:
         """One more layer that arrives, each page compared with its digest if these were promised.
 
         ``taken`` pages of its file were found here, and are named where they are.
@@ -111,7 +116,8 @@ class Pull:
         factory = self._factory(layer, name, size, self.uri)
         source = RetrySource(factory, self.uri, size, deadline=self.options.wait, tell=self._tell)
         self._sources.append((name, source))
-        arrival = Arrival(self._pulls.pager, layer, source)
+        runs = [run for batch in batches(empty() if first is None else first, size, _FIRST) for run in batch]
+        arrival = Arrival(self._pulls.pager, layer, source, runs)
         self.arrivals.append(arrival)
         self._pulls.arrivals.add(arrival)
 
@@ -288,12 +294,18 @@ class Pull:
             "here_bytes": here << PAGE_SHIFT,
             "zero_bytes": (zero - self._taken) << PAGE_SHIFT,
             "taken_bytes": self._taken << PAGE_SHIFT,
+            "first_bytes": self.first_bytes,
             "fetched_bytes": fetched,
             "bytes_per_second": self._rate(),
             "demand_faults": faults,
             "demand_seconds": round(sum(each.demand_seconds for each in counts), 6),
             "demand_slowest_seconds": round(max((each.slowest for each in counts), default=0.0), 6),
         }
+
+    @property
+    def first_bytes(self) -> int:
+        """What is lacking of what guests ask for first."""
+        return sum(arrival.first_lacking() for arrival in self.arrivals) << PAGE_SHIFT
 
     def sample(self) -> None:
         """Have a look at how much was fetched by now, for the rate."""
@@ -336,7 +348,9 @@ class Pulls:
             pull = Pull(self, row["id"], InodeNumber(row["directory"]), row["uri"], options)
             for layer in catalog.execute("SELECT * FROM arriving WHERE pull = ?", row["id"]).fetchall():
                 number = LayerId(layer["layer"])
-                pull.add(self.pager.layers[number], os.fsdecode(layer["name"]), layer["size"], layer["taken"])
+                sets = map(self.pager.images.working_set, self.pager.images.naming({number}))
+                first = next((each for each in sets if each is not None), None)
+                pull.add(self.pager.layers[number], os.fsdecode(layer["name"]), layer["size"], layer["taken"], first)
             self.running.append(pull)
 
     def begin(self, directory: InodeNumber, uri: str, options: Options, files: list[Incoming]) -> Pull:
@@ -359,7 +373,9 @@ class Pulls:
             catalog.on_rollback(functools.partial(self.arrivals.discard, layer.id))
             assert layer.presence is not None
             pull.wanted += int(np.count_nonzero(layer.presence.states == ABSENT))
-            pull.add(layer, each.name, each.size, taken)
+            pull.add(layer, each.name, each.size, taken, each.first)
+            if each.first is not None:
+                self.pager.images.keep_working_set(each.image.id, within(each.first, each.size))
         return pull
 
     def start(self, pull: Pull) -> None:

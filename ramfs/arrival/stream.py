@@ -17,7 +17,6 @@ import trio
 from ramfs.arrival.fetch import LARGEST, Arrival, together
 from ramfs.errors import SourceError
 from ramfs.image.table import Mask, runs_of
-from ramfs.image.working_set import batches
 from ramfs.pager import Pager
 from ramfs.store.images import Image
 from ramfs.store.presence import ABSENT
@@ -115,7 +114,7 @@ class Stream:
         try:
             while not await self._is_complete():
                 self._cursor, self._began, self._fetched = 0, trio.current_time(), 0
-                self._ahead = self._working_sets()
+                self._ahead = self._arrival.first.copy()
                 self._at_once = _FEWEST
                 await together(partial(self._work, number) for number in range(_MOST))
                 if self._failed is not None:
@@ -235,18 +234,6 @@ class Stream:
         self._left += sum(b - a for a, b in found)
         if not self._fetched:  # to connect, and to learn where zeros are, says nothing of the rate
             self._began = trio.current_time()
-
-    def _working_sets(self) -> deque[tuple[int, int]]:
-        """What is asked for first of the files that were made of the layer, as far as that is known."""
-        images = self._pager.images
-        self._find_users()
-        found: deque[tuple[int, int]] = deque()
-        for image in self._users:
-            records = images.working_set(image.id)
-            if records is not None:
-                for runs in batches(records, min(image.size, self._end << PAGE_SHIFT), _AHEAD):
-                    found.extend(runs)
-        return found
 
     async def _note_zeros(self, first: int, stop: int) -> None:
         """Ask the source what it has only zeros of."""

@@ -22,10 +22,12 @@ from ramfs.errors import FileError, SourceLost, UsageError
 
 #: Seconds between two looks of ``--wait``.
 _PERIOD: Final = 0.2
+#: ... and of ``--warm``, for which a guest waits.
+_SOON: Final = 0.02
 #: Seconds that a lost source is waited for with ``--on-error=eio``: a server that is restarted is no reason to fail.
 DEADLINE: Final = 10.0
 #: What the daemon tells of what it has found here, which the one after it does not know.
-_FOUND: Final = ("like", "taken_bytes", "wanted_bytes", "lost_bytes")
+_FOUND: Final = ("like", "taken_bytes", "wanted_bytes", "lost_bytes", "first_bytes")
 #: What a command ends with that Ctrl-C ended.
 _INTERRUPTED: Final = 130
 
@@ -54,18 +56,25 @@ def _made_before(mount: MountEntry, request: dict[str, Any], directory: str) -> 
     return known | dict.fromkeys(_FOUND)
 
 
-def _wait(mount: MountEntry, number: int, deadline: float | None, show: Callable[[dict[str, Any]], None]) -> bool:
-    """Until nothing is lacking; whether the directory was still there before. Raises SourceLost, MountError."""
+def _wait(
+    mount: MountEntry, number: int, deadline: float | None, show: Callable[[dict[str, Any]], None], *, warm: bool
+) -> bool:
+    """Until nothing is lacking, or nothing of what guests ask for first (``warm``).
+
+    Returns whether the directory was still there before. Raises SourceLost, MountError.
+    """
     there = True
     while True:
         pull = next((each for each in read_status(mount)["pulls"] if each["id"] == number), None)
         if pull is None:
             return there
         there = pull["path"] is not None
+        if warm and not pull["first_bytes"]:
+            return there
         show(pull)
         if deadline is not None and pull["since"] and time.time() - pull["since"] > deadline + _PERIOD:
             raise SourceLost(f"{trouble(pull)}; what is touched fails until it is back, see `ramfs recover`")
-        time.sleep(_PERIOD)
+        time.sleep(_SOON if warm else _PERIOD)
 
 
 @contextlib.contextmanager
@@ -142,6 +151,7 @@ def _describe(directory: str, uri: str, told: dict[str, Any]) -> str:
 @click.argument("uri")
 @click.argument("directory", metavar="DIR")
 @click.option("--wait", is_flag=True, help="Return when all is here, and show how it comes.")
+@click.option("--warm", is_flag=True, help="Return when what guests ask for first is here, if the source tells.")
 @click.option("--rate", type=Rate(), default=0, metavar="RATE", help="Stream so fast at most, such as 100M/s.")
 @click.option("--paused", is_flag=True, help="Fetch what is touched only, until `ramfs resume`.")
 @click.option(
@@ -158,8 +168,8 @@ def _describe(directory: str, uri: str, told: dict[str, Any]) -> str:
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 def pull(
-    uri: str, directory: str, wait: bool, rate: int, paused: bool, on_error: str | None, deadline: float | None,
-    like: str | None, as_json: bool,
+    uri: str, directory: str, wait: bool, warm: bool, rate: int, paused: bool, on_error: str | None,
+    deadline: float | None, like: str | None, as_json: bool,
 ) -> int:  # fmt: skip
     """Make DIR from what an NBD server exports, and use it at once; its pages come when they are touched.
 
@@ -183,8 +193,8 @@ def pull(
     for name, value in (("URI", uri), ("DIR", directory)):
         if not value:
             raise UsageError(f"{name} is empty: see `ramfs pull --help`")
-    if wait and paused:
-        raise UsageError("--wait would never end with --paused: give one of them")
+    if (wait or warm) and paused:
+        raise UsageError(f"--{'wait' if wait else 'warm'} would never end with --paused: give one of them")
     if deadline is not None and (on_error == "wait" or math.isnan(deadline)):
         raise UsageError("--deadline is how long to wait before failing: give it without --on-error=wait, as a number")
     if on_error == "eio" and deadline is None:
@@ -198,9 +208,9 @@ def pull(
         told = _make(mount, request, directory)
         if not as_json:
             write_line(_describe(directory, uri, told))
-        if wait and told["id"] is not None:
+        if (wait or warm) and told["id"] is not None:
             with _progress() as show:
-                there = _wait(mount, told["id"], deadline, show)
+                there = _wait(mount, told["id"], deadline, show, warm=not wait)
             if not there or not os.path.lexists(directory):
                 raise FileError(errno.ENOENT, f"{directory} was removed or renamed before all of it was here")
     except KeyboardInterrupt:
@@ -210,7 +220,12 @@ def pull(
         return _INTERRUPTED
     seconds = round(time.monotonic() - began, 3)
     if as_json:
-        click.echo(json.dumps({"path": directory, "source": uri, **told, **({"seconds": seconds} if wait else {})}))
+        took = {"seconds": seconds} if wait or warm else {}
+        click.echo(json.dumps({"path": directory, "source": uri, **told, **took}))
     elif wait:
         click.echo(f"all of it is here, after {duration(seconds)}")
+    elif warm and told["first_bytes"] == 0:
+        click.echo("nothing is known of what guests ask for first, or it was here already")
+    elif warm:
+        click.echo(f"what guests ask for first is here, after {duration(seconds)}")
     return 0

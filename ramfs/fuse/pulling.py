@@ -29,7 +29,7 @@ from ramfs.source.base import SourceDirectory, read_whole
 from ramfs.source.manifest import NAME, File, fetch_manifest, is_path
 from ramfs.source.opening import names_one
 from ramfs.store.images import Image
-from ramfs.units import MAX_FILE_SIZE, PAGE_SHIFT
+from ramfs.units import MAX_FILE_SIZE, PAGE, PAGE_SHIFT
 
 log = logging.getLogger(__name__)
 
@@ -150,14 +150,12 @@ class Pulling(Job):
         with space.at(request.parent, self._caller) as directory, space.catalog.transaction():
             top, images = space.plant(directory.ino, request.name, self._caller, map(os.fsencode, files))
             incoming = [
-                Incoming(images[os.fsencode(path)], name, size, known.get(path))
+                Incoming(
+                    images[os.fsencode(path)], name, size, known.get(path), self._working_sets.get(os.fsencode(path))
+                )
                 for path, (name, size, _) in files.items()
             ]
             pull = self._pulls.begin(top, request.uri, request.options, incoming)
-            for each in incoming:
-                records = self._working_sets.get(os.fsencode(each.name))
-                if records is not None:
-                    space.images.keep_working_set(each.image.id, working_set.within(records, each.size))
         # The kernel did not see that: it would show the old link count and mtime for minutes.
         with contextlib.suppress(OSError):  # it may have forgotten the directory
             pyfuse3.invalidate_inode(directory.ino, attr_only=True)
@@ -173,6 +171,7 @@ class Pulling(Job):
             "wanted_bytes": pull.wanted << PAGE_SHIFT,
             "taken_bytes": pull.taken << PAGE_SHIFT,
             "lost_bytes": lost << PAGE_SHIFT,
+            "first_bytes": pull.first_bytes,
         }
         return list(images.values())
 
@@ -201,9 +200,12 @@ async def _fetch_working_sets(directory: SourceDirectory) -> Mapping[bytes, Reco
     except SourceRefused:
         return {}
     try:
-        data = bytearray(min(source.size, working_set.MAX_SIZE))
-        await read_whole(source, 0, memoryview(data))
-        return working_set.parse(bytes(data))
+        data = memoryview(bytearray(min(source.size, working_set.MAX_SIZE)))
+        await read_whole(source, 0, data[:PAGE])
+        if not working_set.is_one(data[:PAGE].tobytes()):  # a server that has one file gives that, by whatever name
+            return {}
+        await read_whole(source, PAGE, data[PAGE:])
+        return working_set.parse(data.tobytes())
     except ValueError as exc:
         log.warning("%s is not used: %s", source.description, exc)
         return {}

@@ -30,7 +30,7 @@ MOST_PAGES: Final = 1 << 18
 #: A set is completed when that adds one page to so many; what guests touch beyond it differs from one to the next.
 _GROWTH: Final = 4
 
-#: Bytes of the largest ``ramfs.workingset`` that is read, a multiple of what sources are aligned to.
+#: Bytes of the largest ``ramfs.workingset`` that is read.
 MAX_SIZE: Final = 8 << 20
 _HEADER: Final = struct.Struct("<8sIIII16s")
 _PATH: Final = struct.Struct("<I")
@@ -146,6 +146,11 @@ def pack(files: Mapping[bytes, Records]) -> bytes:
     rest = table + every.tobytes()
     head = _HEADER.pack(MAGIC, VERSION, len(files), len(every), len(table), bytes(16))
     return head[:_CHECKSUM] + xxhash.xxh3_128_digest(head + rest) + rest
+
+
+def is_one(start: bytes) -> bool:
+    """Does a file that begins so mean to be a ``ramfs.workingset``?"""
+    return start.startswith(MAGIC)
 
 
 def parse(data: bytes) -> dict[bytes, Records]:

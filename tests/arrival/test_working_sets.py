@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +44,7 @@ def test_it_comes_first_and_is_read_ahead(mounted: Mount, tmp_path: Path) -> Non
         with opened(mounted.path / "vm" / "ram") as fd:
             mapping = Mapping(fd)
         assert here(mounted) == set()  # not even that, while it is paused
+        assert pulls(mounted)[0]["first_bytes"] == len(wanted) * PAGE
         seen: list[set[int]] = [set()]
         steer(mounted, "vm", paused=False, rate=2 * MB)
         while len(seen[-1]) < len(wanted):
@@ -61,8 +64,25 @@ def test_it_comes_first_and_is_read_ahead(mounted: Mount, tmp_path: Path) -> Non
     assert os.listdir(mounted.path / "vm") == ["ram"]
     assert read(mounted.path / "vm" / "ram") == pattern(SIZE)
     assert pulls(mounted) == []
-    # What was pulled with one is the beginning of clones, too.
-    subprocess.run(["cp", "-r", mounted.path / "vm", mounted.path / "copy"], check=True)
+
+
+def test_who_waits_for_it_has_it(mounted: Mount, tmp_path: Path) -> None:
+    with nbdkit(tmp_path / "nbd", "file", f"dir={made(tmp_path / 'served')}") as uri:
+        command = [sys.executable, "-m", "ramfs", "pull", "--warm", "--rate=4M", "--json", uri, mounted.path / "vm"]
+        told = json.loads(subprocess.run(command, check=True, capture_output=True, timeout=60).stdout)
+        assert told["first_bytes"] == sum(count for _, count in FIRST) * PAGE
+        mounted.kill_daemon()  # the next one knows it as well
+        (now,) = pulls(mounted)
+        assert now["first_bytes"] == 0
+        assert here(mounted) >= {page for first, count in FIRST for page in range(first, first + count)}
+        assert now["here_bytes"] < now["total_bytes"]
+        steer(mounted, "vm", rate=0)
+        wait_until_here(mounted)
+    done = subprocess.run(
+        [*command[:4], "--warm", "--paused", uri, mounted.path / "two"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done
+    assert "--warm would never end" in done.stderr
 
 
 @pytest.mark.parametrize("damage", ["cut off", "flipped", "beyond", "huge", "something else"])
@@ -78,7 +98,7 @@ def test_a_wrong_one_does_no_harm(mounted: Mount, tmp_path: Path, damage: str) -
         "something else": b"hello",
     }
     (directory / NAME).write_bytes(texts[damage])
-    if damage != "beyond":
+    if damage in ("cut off", "flipped"):
         mounted.expect("is not used: it")
     with nbdkit(tmp_path / "nbd", "file", f"dir={directory}") as uri:
         pull(mounted, uri)
