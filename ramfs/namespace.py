@@ -26,8 +26,12 @@ from ramfs.store.outcomes import REQUEST
 from ramfs.units import MAX_NAME, ROOT, SNAP_BIT, HandleId, ImageId, InodeNumber
 
 SNAP: Final = b".snap"
+#: Where every directory has views of the memory of its guest (fuse/views.py), unless something older is called so.
+GUEST: Final = b".guest"
 #: Names that FUSE or the contract keep for themselves, in every directory.
-RESERVED: Final = frozenset((b".", b"..", SNAP))
+RESERVED: Final = frozenset((b".", b"..", SNAP, GUEST))
+#: Files of a directory that are looked at for what a guest's memory is made of: far more than any guest has.
+_MOST_FILES: Final = 4096
 MAX_XATTR: Final = 65536
 CONTROL_XATTR: Final = b"user.ramfs."
 
@@ -56,6 +60,8 @@ class Inode:
     lookups: int = 0
     aliases: int = 0
     """QEMU's temporary names that lead here"""
+    views: int = 0
+    """open views of a guest's memory that read it"""
     opens: dict[HandleId, "Opener"] = field(default_factory=dict)
     cache_doubtful: bool = False
     """may the kernel keep pages of it that are not right any more, for it was native?"""
@@ -303,7 +309,7 @@ class Namespace:
 
     def let_go(self, inode: Inode) -> None:
         """Drop an inode from memory if nothing holds it there."""
-        if inode.lookups > 0 or inode.opens or inode.aliases or self.inodes.get(inode.ino) is not inode:
+        if inode.lookups > 0 or inode.opens or inode.aliases or inode.views or self.inodes.get(inode.ino) is not inode:
             return
         del self.inodes[inode.ino]
         if inode.image is not None:
@@ -526,7 +532,7 @@ class Namespace:
     def rmdir(self, parent: InodeNumber, name: bytes) -> None:
         """Remove an empty directory. One that has snapshots is not empty."""
         directory = self.writable_dir(parent)
-        if name == SNAP:
+        if name in (SNAP, GUEST) and not self.has(parent, name):
             raise FileError(errno.EBUSY)
         inode = self.lookup(parent, name)
         self._check_empty(inode)
@@ -553,7 +559,7 @@ class Namespace:
         old_dir, new_dir = self.writable_dir(parent), self.writable_dir(new_parent)
         if len(new_name) > MAX_NAME:
             raise FileError(errno.ENAMETOOLONG)
-        if name in RESERVED or new_name in RESERVED:
+        if new_name in RESERVED or (name in RESERVED and not self.has(parent, name)):
             raise FileError(errno.EBUSY)
         inode = self.lookup(parent, name)
         present = self._find(new_parent, new_name)
@@ -641,8 +647,9 @@ class Namespace:
     # -- extended attributes
 
     def xattrs(self, ino: InodeNumber) -> list[bytes]:
-        """The names of an inode's stored attributes."""
-        return [row["name"] for row in self.catalog.execute("SELECT name FROM xattrs WHERE ino = ?", ino)]
+        """The names of an inode's stored attributes, but for those of our own, which nobody may set."""
+        rows = self.catalog.execute("SELECT name FROM xattrs WHERE ino = ?", ino)
+        return [row["name"] for row in rows if not row["name"].startswith(CONTROL_XATTR)]
 
     def xattr(self, ino: InodeNumber, name: bytes) -> bytes:
         """The value of an attribute. Raises ENODATA."""
@@ -668,12 +675,41 @@ class Namespace:
                 self.xattr(ino, name)
                 self.catalog.execute("DELETE FROM xattrs WHERE ino = ? AND name = ?", ino, name)
             else:
-                self.catalog.execute(
-                    "INSERT INTO xattrs VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET value = excluded.value",
-                    ino, name, value,
-                )  # fmt: skip
+                self._put_xattr(ino, name, value)
             self._changed(inode)
             self.outcomes.conclude()
+
+    # -- what files remember of the guest
+
+    def memory_files(self, directory: InodeNumber, name: bytes) -> dict[bytes, tuple[InodeNumber, bytes | None]]:
+        """The regular files of a directory by name: inode number, and what :meth:`remember` has of that name."""
+        rows = self.catalog.execute(
+            "SELECT names.name AS name, names.ino AS ino, value FROM names JOIN inodes USING (ino)"
+            " LEFT JOIN xattrs ON xattrs.ino = names.ino AND xattrs.name = ?"
+            " WHERE names.parent = ? AND image IS NOT NULL ORDER BY cookie LIMIT ?",
+            name, directory, _MOST_FILES,
+        )  # fmt: skip
+        return {row["name"]: (InodeNumber(row["ino"]), row["value"]) for row in rows.fetchall()}
+
+    def remember(self, ino: InodeNumber, name: bytes, value: bytes | None) -> None:
+        """Note something with a file, which copies of it have too, or forget it (None)."""
+        with self.catalog.transaction():
+            if value is None:
+                self.catalog.execute("DELETE FROM xattrs WHERE ino = ? AND name = ?", ino, name)
+            else:
+                self._put_xattr(ino, name, value)
+
+    def _put_xattr(self, ino: InodeNumber, name: bytes, value: bytes) -> None:
+        self.catalog.execute(
+            "INSERT INTO xattrs VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET value = excluded.value", ino, name, value
+        )
+
+    def inherit(self, source: Inode, target: Inode) -> None:
+        """An empty file is about to get a copy of another one's bytes: it gets what that remembers too."""
+        self.catalog.execute(
+            "INSERT OR IGNORE INTO xattrs SELECT ?, name, value FROM xattrs WHERE ino = ? AND name >= ? AND name < ?",
+            target.ino, source.ino, CONTROL_XATTR, CONTROL_XATTR[:-1] + b"/",
+        )  # fmt: skip
 
     # -- QEMU's temporary names
 

@@ -49,6 +49,11 @@ _GATHERINGS: Final = 10
 _RUNS_AT_ONCE: Final = 256
 
 
+#: Bytes that :meth:`Pager.zeros` has at most: those of the largest READ.
+MOST_ZEROS: Final = 1 << 20
+_ZEROS: Final = np.zeros(MOST_ZEROS >> PAGE_SHIFT, np.uint32)
+
+
 class Absent(Exception):
     """Pages ``[first, stop)`` of an arriving layer's file are needed, and not here.
 
@@ -93,6 +98,10 @@ class Pager:
         layers = self.layers
         layers.retired.clear()
         return image.table.entries[offset >> PAGE_SHIFT : pages(end)], offset, end, layers.places
+
+    def zeros(self, length: int) -> Plan:
+        """A plan of zeros that lie nowhere, at most MOST_ZEROS bytes."""
+        return _ZEROS[: pages(length)], 0, length, self.layers.places
 
     def copy_out(self, image: Image, offset: int, length: int) -> bytes:
         """A copy of the bytes, by pread(2): an unreadable page is OSError here, not a signal."""

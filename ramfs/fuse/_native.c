@@ -40,11 +40,13 @@ static const char *const handler_names[HANDLERS] = {"read",  "map_layer", "absen
                                                     "ioctl", "raw",       "fallocate", "lseek"};
 enum { POPULATE_READ = 22 }; /* of Linux 5.14 */
 /* Of Linux 6.9, which older headers lack: */
-enum { INIT_EXT = 1 << 30, PASSTHROUGH = 1 << 5 /* of flags2 */, STACK_DEPTH = 0 /* of unused */ };
+enum { INIT_EXT = 1 << 30, DIRECT_IO_ALLOW_MMAP = 1 << 4, PASSTHROUGH = 1 << 5 /* both of flags2 */ };
+enum { STACK_DEPTH = 0 /* of unused */ };
 static PyObject *handlers[HANDLERS];
 
 static unsigned max_background = 64, max_readahead = 1 << 20, max_write = 1 << 20;
 static int want_passthrough, offered, passthrough; /* asked for by us, offered by the kernel, agreed on */
+static int want_direct_mmap, direct_mmap_offered;
 static long spin_ns = 0;     /* how long to look for the next request before going back to the loop */
 static unsigned burst = 64; /* requests answered before other tasks of the loop get their turn: 20 ms of the largest */
 
@@ -279,10 +281,16 @@ static void forget_request(PyObject *token)
 
 static void on_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset, struct fuse_file_info *fi)
 {
+    (void)ino;
+    take_up(req, ON_READ);
     PyObject *answer = PyObject_CallFunction(handlers[ON_READ], "KLn", (unsigned long long)fi->fh, (long long)offset,
                                              (Py_ssize_t)size);
+    if (at_hand.req == NULL) { /* it is answered later */
+        answer_at_hand(answer);
+        return;
+    }
+    at_hand.req = NULL;
     int sent = send_read(req, answer);
-    (void)ino;
     Py_XDECREF(answer);
     if (sent == NOT_HERE) {
         take_up(req, ON_READ);
@@ -435,7 +443,9 @@ static void note_init(const struct fuse_in_header *request)
 {
     const struct fuse_init_in *init = (const void *)(request + 1);
     memmove(init_request, request, request->len);
-    offered = request->len >= sizeof *request + sizeof *init && init->flags & INIT_EXT && init->flags2 & PASSTHROUGH;
+    uint32_t flags2 = request->len >= sizeof *request + sizeof *init && init->flags & INIT_EXT ? init->flags2 : 0;
+    offered = !!(flags2 & PASSTHROUGH);
+    direct_mmap_offered = !!(flags2 & DIRECT_IO_ALLOW_MMAP);
     initialising = 1;
 }
 
@@ -639,13 +649,15 @@ static PyObject *py_unique(PyObject *self, PyObject *none)
 static PyObject *py_install(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"read", "map_layer", "absent", "write", "copy_file_range", "ioctl", "raw", "fallocate",
-                            "lseek", "max_background", "max_readahead", "max_write", "spin_ns", "passthrough", NULL};
+                            "lseek", "max_background", "max_readahead", "max_write", "spin_ns", "passthrough", "direct_mmap",
+                            NULL};
     PyObject *given[HANDLERS] = {NULL};
     (void)self;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$OOOOOOO!OOIIIlp", names, &given[ON_READ], &given[ON_MAP],
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$OOOOOOO!OOIIIlpp", names, &given[ON_READ], &given[ON_MAP],
                                      &given[ON_ABSENT], &given[ON_WRITE], &given[ON_COPY], &given[ON_IOCTL],
                                      &PyDict_Type, &given[ON_RAW], &given[ON_FALLOCATE], &given[ON_LSEEK],
-                                     &max_background, &max_readahead, &max_write, &spin_ns, &want_passthrough))
+                                     &max_background, &max_readahead, &max_write, &spin_ns, &want_passthrough,
+                                     &want_direct_mmap))
         return NULL;
     for (size_t i = 0; i < sizeof zeros; i += PAGE)
         (void)*(volatile char *)(zeros + i); /* see populate() */
@@ -672,6 +684,10 @@ static ssize_t reply_writev(int fd, struct iovec *iov, int count, void *userdata
         struct fuse_init_out *out = iov[1].iov_base;
         if (out->major == FUSE_KERNEL_VERSION) {
             out->flags |= FUSE_HANDLE_KILLPRIV_V2;
+            if (want_direct_mmap && direct_mmap_offered) {
+                out->flags |= INIT_EXT;
+                out->flags2 |= DIRECT_IO_ALLOW_MMAP;
+            }
             if (want_passthrough && offered) {
                 out->flags |= INIT_EXT;
                 out->flags2 |= PASSTHROUGH;
@@ -803,7 +819,7 @@ static PyMethodDef methods[] = {
     {"reply", py_reply, METH_VARARGS,
      "Answer the request of a token by its result or -errno. False, and not yet answered, if pages of it are absent."},
     {"later", py_later, METH_NOARGS,
-     "A token for the request under way, of those whose handler may return None, as it then does; a READ: in \"absent\"."},
+     "A token for the request under way, of those whose handler may return None, as it then does."},
     {"asker", py_asker, METH_O, "The id of the thread that the request of a token is from, 0 if it has none here."},
     {"unique", py_unique, METH_NOARGS, "The number of the request under way: ask at a handler's start."},
     {"xattr_flags", py_xattr_flags, METH_NOARGS, "XATTR_CREATE or XATTR_REPLACE of a SETXATTR: ask at its handler's start."},

@@ -16,7 +16,7 @@ FS_XFLAG_IMMUTABLE: int
 
 def install(
     *,
-    read: Callable[[int, int, int], tuple[Entries, int, int, Addresses] | bytes | int],
+    read: Callable[[int, int, int], tuple[Entries, int, int, Addresses] | bytes | int | None],
     map_layer: Callable[[int, int], int],
     absent: Callable[[int, int, int], int | None],
     write: Callable[[int, int, memoryview, int], int | None],
@@ -30,6 +30,7 @@ def install(
     max_write: int,
     spin_ns: int,
     passthrough: bool,
+    direct_mmap: bool,
 ) -> None: ...
 def mark_open(fh: int, flags: int, backing: int) -> None: ...
 def reply(token: object, answer: tuple[Entries, int, int, Addresses] | bytes | int) -> bool: ...

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from ramfs.errors import FileError
 from ramfs.fuse.jobs import Job
 from ramfs.fuse.manifests import Text
+from ramfs.fuse.views import OpenView
 from ramfs.namespace import Inode
 from ramfs.store.images import Image
 from ramfs.units import HandleId, InodeNumber
@@ -24,7 +25,7 @@ class FileHandle:
 class VirtualHandle:
     """An open file of ``.ramfs``: its text as of the open, who opened it, and what he asked for by writing.
 
-    Or an open manifest.
+    Or an open manifest, a view of a guest's memory, or its layout, which may be being written.
     """
 
     id: HandleId
@@ -35,6 +36,8 @@ class VirtualHandle:
     pid: int
     job: Job | None = None
     manifest: Text | None = None
+    view: OpenView | None = None
+    written: bytearray | None = None
 
     @property
     def size(self) -> int:

@@ -33,12 +33,15 @@ from ramfs.fuse.jobs import Job
 from ramfs.fuse.manifests import Manifests, is_manifest
 from ramfs.fuse.passthrough import FOPEN_PASSTHROUGH, Passthrough
 from ramfs.fuse.pulling import Pulling, Steering
+from ramfs.fuse.views import OpenView, Views, is_layout, is_view, may_be_dirty
 from ramfs.fuse.waiting import Waiting
 from ramfs.fuse.working_sets import WorkingSets, is_working_set
 from ramfs.inspect import changes
 from ramfs.inspect.counters import Counters
 from ramfs.inspect.generations import generation
+from ramfs.inspect.layout import MAX_TEXT
 from ramfs.inspect.report import Observer, page_counts_text
+from ramfs.inspect.views import Gap, Piece
 from ramfs.ledger import OPENER, Held, Kind, Ledger, Record, inode_numbers
 from ramfs.namespace import CONTROL_XATTR, Caller, Inode, Namespace, Opener, may
 from ramfs.pager import Absent, Pager, Plan
@@ -95,6 +98,7 @@ class Operations(pyfuse3.Operations):
         self.manifests = Manifests(pager, namespace)
         self.pulls = pulls
         self.arrivals = pulls.arrivals
+        self.views = Views(pager, namespace, flusher, pulls.arrivals)
         self._waiting = Waiting()
         self.counters: Counters = observer.counters
         self.ledger: Ledger = namespace.ledger
@@ -123,7 +127,9 @@ class Operations(pyfuse3.Operations):
         if virtual.is_virtual(ino):
             data = self.working_sets.text(ino) if is_working_set(ino) else record.payload[OPENER.size :]
             text = self.manifests.reopen(ino) if is_manifest(ino) else None
-            self._files[handle] = VirtualHandle(handle, ino, data, uid, gid, pid, manifest=text)
+            view = self.views.reopen(data) if is_view(ino) and not is_layout(ino) else None
+            written = bytearray() if is_layout(ino) else None
+            self._files[handle] = VirtualHandle(handle, ino, data, uid, gid, pid, None, text, view, written)
             return
         inode = self.namespace.get(ino)
         inode.opens[handle] = Opener(pid, bool(record.d))
@@ -189,12 +195,13 @@ class Operations(pyfuse3.Operations):
 
     # -- answered at once, called by the extension
 
-    def read_now(self, handle: int, offset: int, size: int) -> Plan | bytes | int:
-        """READ: where the pages are, or bytes, or -errno."""
+    def read_now(self, handle: int, offset: int, size: int) -> Plan | bytes | int | None:
+        """READ: where the pages are, or bytes, or -errno; None if it is answered later."""
         try:
             image = self._images.get(handle)
             if image is None:
-                return self._virtual(handle).read(offset, size)
+                file = self._virtual(handle)
+                return file.read(offset, size) if file.view is None else self._read_view(file.view, offset, size)
             counters = self.counters
             counters.reads += 1
             counters.read_bytes += size
@@ -210,6 +217,10 @@ class Operations(pyfuse3.Operations):
     def absent_now(self, handle: int, offset: int, size: int) -> int | None:
         """Of a READ that has met absent pages: it is answered later (None), or -errno."""
         try:
+            view = self._virtual(handle).view if handle not in self._images else None
+            if view is not None:
+                trio.lowlevel.spawn_system_task(self._read_view_later, native.later(), view, offset, size)
+                return None
             image = self._images[handle]
             rest = self.arrivals.bring_soon(image, self.pager.absent(image, offset, size))
             token = native.later()
@@ -229,6 +240,27 @@ class Operations(pyfuse3.Operations):
                     await self.arrivals.bring_all(self.pager.absent(image, offset, size))
         except Exception as exc:
             native.reply(token, self._failed(exc, "read", offset, size))
+
+    def _read_view(self, view: OpenView, offset: int, size: int) -> Plan | bytes | None:
+        """READ of a view: at once, or later when pages of it must first be written back by the kernel, or fetched."""
+        self.counters.reads += 1
+        self.counters.read_bytes += size
+        if next(view.dirty(offset, size), None) is None:
+            with contextlib.suppress(Absent):
+                return self.views.gather(view, offset, size)
+        trio.lowlevel.spawn_system_task(self._read_view_later, native.later(), view, offset, size)
+        return None
+
+    async def _read_view_later(self, token: object, view: OpenView, offset: int, size: int) -> None:
+        answer: bytes | int
+        try:
+            asker = native.asker(token)
+            with self._waiting.of(asker):
+                await self.views.have(view, offset, size)
+            answer = await self._having(asker, lambda: self.views.copy_out(view, offset, size))
+        except Exception as exc:
+            answer = self._failed(exc, "read", offset, size)
+        native.reply(token, answer)
 
     async def _having(self, thread: int, work: Callable[[], _T]) -> _T:
         """Do something for a thread, without an await, for which absent pages may have to be brought.
@@ -267,8 +299,11 @@ class Operations(pyfuse3.Operations):
         try:
             image = self._images.get(handle)
             if image is None:
+                file = self._virtual(handle)
+                if is_layout(file.ino):
+                    return self._write_layout(file, offset, bytes(data))
                 with request_of(self):
-                    return self._command(self._virtual(handle), bytes(data))
+                    return self._command(file, bytes(data))
             counters = self.counters
             counters.writes += 1
             counters.written_bytes += len(data)
@@ -296,6 +331,8 @@ class Operations(pyfuse3.Operations):
             old, new = self._images[source], self._images[target]
             old.refresh()
             length = min(length, old.size - source_offset)
+            if source_offset == target_offset == new.size == 0:
+                self._inherit(source, target)
             known = old, source_offset, new, target_offset, length
             cloned = old.direct is not None and new.direct is None
             if cloned and self.pager.is_cloned(source_offset, target_offset, length):
@@ -307,6 +344,12 @@ class Operations(pyfuse3.Operations):
             return None
         except Exception as exc:
             return self._failed(exc, "copy_file_range", *details)
+
+    def _inherit(self, source: int, target: int) -> None:
+        """An empty file gets the bytes of another from its start: what is remembered of a guest goes with them."""
+        old, new = self._files[source], self._files[target]
+        if isinstance(old, FileHandle) and isinstance(new, FileHandle):
+            self.namespace.inherit(old.inode, new.inode)
 
     def _share(self, source: Image, source_offset: int, target: Image, target_offset: int, length: int) -> int:
         done = self.pager.share(source, source_offset, target, target_offset, length)
@@ -333,7 +376,12 @@ class Operations(pyfuse3.Operations):
     def ioctl_now(self, ino: int, command: int, given: bytes, room: int) -> bytes | int:
         """IOCTL: what it gives back, or -errno. The kernel asks about any file that can be opened."""
         try:
-            frozen = _is_of_snapshot(ino) if virtual.is_virtual(ino) else self.namespace.get(InodeNumber(ino)).frozen
+            if is_view(ino):
+                frozen = self.views.directory(ino).frozen
+            else:
+                frozen = (
+                    _is_of_snapshot(ino) if virtual.is_virtual(ino) else self.namespace.get(InodeNumber(ino)).frozen
+                )
             return fileattr.answer(command, given, room, immutable=frozen)
         except Exception as exc:
             return self._failed(exc, "ioctl", ino, command)
@@ -343,6 +391,8 @@ class Operations(pyfuse3.Operations):
         try:
             if virtual.is_virtual(ino):
                 made = self.manifests.made(InodeNumber(ino)) if is_manifest(ino) else 0
+                if is_view(ino):
+                    made = self.views.made(ino)
                 return statx.reply(self._virtual_entry(InodeNumber(ino)), made)
             inode = self.namespace.get(InodeNumber(ino))
             return statx.reply(self._attributes(inode), inode.btime)
@@ -410,6 +460,9 @@ class Operations(pyfuse3.Operations):
                 return -errno.EINVAL
             file = self._files[handle]
             if isinstance(file, VirtualHandle):
+                if file.view is not None:
+                    trio.lowlevel.spawn_system_task(self._answer_seek_view, file.view, offset, whence, native.later())
+                    return None
                 if not 0 <= offset < file.size:
                     return -errno.ENXIO
                 return offset if whence == os.SEEK_DATA else file.size
@@ -423,32 +476,58 @@ class Operations(pyfuse3.Operations):
 
     async def _answer_seek(self, file: FileHandle, offset: int, whence: int, token: object) -> None:
         try:
-            found = await self._seek(file, offset, whence)
+            found = await self._seek(file.inode, file.image, offset, whence)
         except Exception as exc:
             found = -errno_of(exc, "lseek", (file.id, offset, whence))
         native.reply(token, found)
 
-    async def _seek(self, file: FileHandle, offset: int, whence: int) -> int:
+    async def _seek(self, inode: Inode, image: Image, offset: int, whence: int) -> int:
         """The answer to an LSEEK of a file that may have dirty pages.
 
         These are written back as far as the answer depends on them. Where that does not succeed everything
         counts as data, which is never wrong.
         """
-        seek, clean = self.pager.seek, offset
-        with trio.move_on_after(_SEEK_PATIENCE if self.flusher.can_write_back else 0):
+        seek, clean = self.pager.seek, offset if may_be_dirty(inode) else image.size
+        with trio.move_on_after(_SEEK_PATIENCE if self.flusher.can_write_back or clean != offset else 0):
             while True:
-                found, end = seek(file.image, offset, whence)
-                if found < clean or clean >= file.image.size:
-                    return _sought(found, file.image.size, whence)
+                found, end = seek(image, offset, whence)
+                if found < clean or clean >= image.size:
+                    return _sought(found, image.size, whence)
                 try:
-                    path = self.namespace.path_of(file.inode.ino)
-                    if await self.flusher.write_back(file.inode.ino, path, offset, end - offset):
+                    path = self.namespace.path_of(inode.ino)
+                    if await self.flusher.write_back(inode.ino, path, offset, end - offset):
                         clean = end
                 except (OSError, RamfsError) as exc:  # the file has no name any more, for instance
-                    log.debug("inode %d: nothing was written back for an lseek: %s", file.inode.ino, exc)
+                    log.debug("inode %d: nothing was written back for an lseek: %s", inode.ino, exc)
                     break
-        seek(file.image, offset, whence)  # raises ENXIO: it may have become shorter
-        return offset if whence == os.SEEK_DATA else file.image.size
+        seek(image, offset, whence)  # raises ENXIO: it may have become shorter
+        return offset if whence == os.SEEK_DATA else image.size
+
+    async def _answer_seek_view(self, view: OpenView, offset: int, whence: int, token: object) -> None:
+        try:
+            found = await self._seek_view(view, offset, whence)
+        except Exception as exc:
+            found = -errno_of(exc, "lseek", (offset, whence))
+        native.reply(token, found)
+
+    async def _seek_view(self, view: OpenView, offset: int, whence: int) -> int:
+        """The answer to an LSEEK of a view: gaps are holes, and so is what is one in its file."""
+        size = view.view.size
+        if not 0 <= offset < size:
+            raise FileError(errno.ENXIO)
+        for part in view.view.parts(offset, size - offset):
+            if isinstance(part, Piece):
+                try:
+                    found = await self._seek(view.files[part.file], view.image(part), part.offset, whence)
+                except FileError as exc:
+                    if exc.errno != errno.ENXIO:
+                        raise
+                    found = part.offset + (part.length if whence == os.SEEK_DATA else 0)
+                if found < part.offset + part.length:
+                    return part.start + found - part.offset
+            elif isinstance(part, Gap) == (whence == os.SEEK_HOLE):
+                return part.start
+        return _sought(size, size, whence)
 
     def _drop_suid(self, handle: int) -> None:
         """A writer without the privilege: the file loses set-user-ID and set-group-ID."""
@@ -509,13 +588,16 @@ class Operations(pyfuse3.Operations):
             return self.manifests.attributes(ino)
         if is_working_set(ino):
             return self.working_sets.attributes(ino)
+        if is_view(ino):
+            return self.views.attributes(ino)
         return virtual.attributes(ino, self.namespace.get(ROOT))
 
     @answered
     async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         """LOOKUP."""
         if virtual.is_virtual(parent_inode):
-            return self._virtual_entry(virtual.lookup(name))
+            found = self.views.lookup(parent_inode, name) if is_view(parent_inode) else virtual.lookup(name)
+            return self._virtual_entry(found)
         if parent_inode == ROOT and name == virtual.DIRECTORY_NAME:
             return self._virtual_entry(virtual.DIRECTORY)
         manifest = self.manifests.find(InodeNumber(parent_inode), name)
@@ -525,6 +607,9 @@ class Operations(pyfuse3.Operations):
         working_set = self.working_sets.find(InodeNumber(parent_inode), name)
         if working_set is not None:
             return self._virtual_entry(working_set)
+        views = self.views.find(InodeNumber(parent_inode), name)
+        if views is not None:
+            return self._virtual_entry(views)
         return self._entry(self.namespace.lookup(InodeNumber(parent_inode), name))
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
@@ -550,7 +635,7 @@ class Operations(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:  # fmt: skip
         """SETATTR."""
         if virtual.is_virtual(inode):
-            if fields.update_size and inode == virtual.CONTROL:  # open(O_TRUNC)
+            if fields.update_size and (inode == virtual.CONTROL or is_layout(inode)):  # open(O_TRUNC)
                 return self._virtual_entry(InodeNumber(inode))
             raise FileError(errno.EROFS if _is_of_snapshot(inode) else errno.EPERM)
         values: dict[str, int] = {}
@@ -663,6 +748,9 @@ class Operations(pyfuse3.Operations):
         """UNLINK."""
         if self._done_before() or REQUEST.get() in self._unaliased:
             return
+        if is_view(parent_inode) and is_layout(self.views.lookup(parent_inode, name)):
+            self.views.clear_layout(parent_inode)
+            return
         parent = self._check_parent(parent_inode, name)
         working_set = self.working_sets.find(parent, name)
         if working_set is not None:
@@ -752,23 +840,51 @@ class Operations(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         """OPEN."""
         if virtual.is_virtual(inode):
-            if _is_of_snapshot(inode) and flags & (_WRITES | os.O_TRUNC):
+            frozen = _is_of_snapshot(inode) or (is_view(inode) and self.views.directory(inode).frozen)
+            if frozen and flags & (_WRITES | os.O_TRUNC):
                 raise FileError(errno.EROFS)
-            if flags & _WRITES and inode != virtual.CONTROL:
+            if flags & _WRITES and inode != virtual.CONTROL and not is_layout(inode):
                 raise FileError(errno.EACCES)  # which the mode alone does not tell root
             return await self._open_virtual(InodeNumber(inode), ctx)
         await self.passthrough.look(self.namespace.get(InodeNumber(inode)), flags)
         return self._open(self.namespace.get(InodeNumber(inode)), flags, ctx.pid)
 
     async def _open_virtual(self, ino: InodeNumber, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        if is_view(ino) and not is_layout(ino):
+            return await self._open_view(ino, ctx)
         text = await self.manifests.open(ino) if is_manifest(ino) else None
         handle = HandleId(next(self._numbers))
-        kept = data = virtual.contents(ino, self.observer)
+        kept = data = self.views.text(ino) if is_layout(ino) else virtual.contents(ino, self.observer)
         if is_working_set(ino):
             data = self.working_sets.text(ino)
         self._note_open(handle, ino, False, OPENER.pack(ctx.uid, ctx.gid, ctx.pid, 0, 0) + kept)
-        self._files[handle] = VirtualHandle(handle, ino, data, ctx.uid, ctx.gid, ctx.pid, manifest=text)
+        written = bytearray() if is_layout(ino) else None
+        self._files[handle] = VirtualHandle(
+            handle, ino, data, ctx.uid, ctx.gid, ctx.pid, manifest=text, written=written
+        )
         return pyfuse3.FileInfo(fh=handle, direct_io=True)
+
+    async def _open_view(self, ino: InodeNumber, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        with self._waiting.of(ctx.pid):
+            view = await self.views.open(ino)
+        handle = HandleId(next(self._numbers))
+        self._note_open(handle, ino, False, OPENER.pack(ctx.uid, ctx.gid, ctx.pid, 0, 0) + view.view.pack())
+        self._files[handle] = VirtualHandle(handle, ino, b"", ctx.uid, ctx.gid, ctx.pid, view=view)
+        keeps = self.views.keeps(ino, view)
+        return pyfuse3.FileInfo(fh=handle, direct_io=not keeps, keep_cache=keeps and not view.view.head)
+
+    def _write_layout(self, file: VirtualHandle, offset: int, data: bytes) -> int:
+        """WRITE of a layout, from its beginning on: it counts as soon as all of it is there."""
+        assert file.written is not None
+        if offset == 0:
+            file.written.clear()
+        if offset != len(file.written):
+            raise FileError(errno.EINVAL)
+        if offset + len(data) > MAX_TEXT:
+            raise FileError(errno.EFBIG)
+        file.written += data
+        self.views.write_layout(file.ino, file.written)
+        return len(data)
 
     @answered
     async def create(
@@ -810,7 +926,10 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def flush(self, fh: int) -> None:
-        """FLUSH: nothing to do, every write was carried out when it was answered."""
+        """FLUSH: nothing to do, every write was carried out when it was answered; but for half a layout."""
+        file = self._files.get(HandleId(fh))
+        if isinstance(file, VirtualHandle) and file.written and not self.views.write_layout(file.ino, file.written):
+            raise FileError(errno.EINVAL)
 
     @answered
     async def release(self, fh: int) -> None:
@@ -829,6 +948,8 @@ class Operations(pyfuse3.Operations):
             self.namespace.let_go(file.inode)
         elif file.manifest is not None:
             self.manifests.close(file.ino)
+        elif file.view is not None:
+            self.views.close(file.view)
         elif file.job is not None:
             file.job.cancel()
 
@@ -855,7 +976,8 @@ class Operations(pyfuse3.Operations):
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """READDIRPLUS. Cookies never change and are never used again, so changes meanwhile cost no entry."""
         if virtual.is_virtual(fh):
-            entries = [(b".", virtual.DIRECTORY), *virtual.names()]
+            names = self.views.names(fh) if is_view(fh) else virtual.names()
+            entries = [(b".", InodeNumber(fh)), *names]
             for number, (name, ino) in enumerate(entries[start_id:], start_id + 1):
                 if not pyfuse3.readdir_reply(token, name, self._virtual_entry(ino), number):
                     return

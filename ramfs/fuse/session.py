@@ -70,6 +70,8 @@ class Session:
             max_write=MAX_REQUEST,
             spin_ns=SPIN_NS if (os.cpu_count() or 1) > 1 else 0,
             passthrough=not operations.passthrough.refused,
+            # What refuses shared mappings of frozen files that are open for writing, and only there.
+            direct_mmap=not operations.template_rdwr,
         )
         words: list[str] = []
         try:
