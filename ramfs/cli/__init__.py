@@ -16,7 +16,7 @@ from ramfs.errors import EXIT_CODES, MountError, RamfsError
 _COMMANDS: Final = (
     "mount", "umount", "upgrade", "snapshot", "clone", "capture", "flatten", "pull", "recover", "pause", "resume",
     "status", "du",
-    "diff", "log",
+    "diff", "log", "layout",
     "fsck",
 )  # fmt: skip
 
