@@ -16,9 +16,12 @@ from ramfs.errors import EXIT_CODES, MountError, RamfsError
 _COMMANDS: Final = (
     "mount", "umount", "upgrade", "snapshot", "clone", "capture", "flatten", "pull", "recover", "pause", "resume",
     "status", "du",
-    "diff", "log", "layout",
+    "diff", "log", "layout", "map",
     "fsck",
 )  # fmt: skip
+
+#: Where the function has another name than the command, as Python has a function of that name.
+_FUNCTIONS: Final = {"map": "map_"}
 
 _EPILOG: Final = "\b\nExit codes:\n" + "\n".join(f"  {code}  {meaning}" for code, meaning in EXIT_CODES)
 
@@ -32,7 +35,8 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        command: click.Command = getattr(importlib.import_module(f"ramfs.cli.{cmd_name}"), cmd_name)
+        module = importlib.import_module(f"ramfs.cli.{cmd_name}")
+        command: click.Command = getattr(module, _FUNCTIONS.get(cmd_name, cmd_name))
         return command
 
 

@@ -36,11 +36,11 @@ from ramfs.fuse.pulling import Pulling, Steering
 from ramfs.fuse.views import OpenView, Views, is_layout, is_view, may_be_dirty
 from ramfs.fuse.waiting import Waiting
 from ramfs.fuse.working_sets import WorkingSets, is_working_set
-from ramfs.inspect import changes
+from ramfs.inspect import changes, states
 from ramfs.inspect.counters import Counters
 from ramfs.inspect.generations import generation
 from ramfs.inspect.layout import MAX_TEXT
-from ramfs.inspect.report import Observer, page_counts_text
+from ramfs.inspect.report import Observer
 from ramfs.inspect.views import Gap, Piece
 from ramfs.ledger import OPENER, Held, Kind, Ledger, Record, inode_numbers
 from ramfs.namespace import CONTROL_XATTR, Caller, Inode, Namespace, Opener, may
@@ -92,6 +92,7 @@ class Operations(pyfuse3.Operations):
         self.pager = pager
         self.namespace = namespace
         self.observer = observer
+        self._looker = states.Looker(observer)
         self.flusher = flusher
         self.template_rdwr = template_rdwr
         self.passthrough = passthrough
@@ -1031,8 +1032,13 @@ class Operations(pyfuse3.Operations):
             node = self.namespace.get(InodeNumber(inode))
             if node.image is None:
                 raise FileError(errno.ENODATA)
-            counter = self.observer.page_counter(node.image)
-            return page_counts_text(await trio.to_thread.run_sync(counter))
+            return await self._looker.counts(node.image)
+        first = states.parse_question(name)
+        if first is not None:
+            node = self.namespace.get(InodeNumber(inode))
+            if node.image is None:
+                raise FileError(errno.ENODATA)
+            return await self._looker.runs(node.image, first)
         if name == _DIRTY_XATTR:
             node = self.namespace.get(InodeNumber(inode))
             dirty = None if node.image is None or node.image.direct is None else dirty_bytes(node.image.direct)

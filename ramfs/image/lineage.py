@@ -1,6 +1,7 @@
 """What images have in common: counts of pages, changed sets, and which layers may be merged."""
 
 from collections.abc import Iterable, Mapping
+from enum import IntEnum
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -35,24 +36,37 @@ Lacking = Mapping[LayerId, tuple[Mask, Mask]]
 """For layers that are still arriving, a bit for each page of the table: is it absent, is it known to be zeros?"""
 
 
-def count_pages(
+class PageState(IntEnum):
+    """What a page of an image is; the states that `PageCounts` counts."""
+
+    ZERO = 0
+    OWNED = 1
+    SHARED = 2
+    ABSENT = 3
+
+
+States = list[tuple[int, NDArray[np.uint8]]]
+"""For ranges of pages, from the first one of each on, their states; pages between them are zero."""
+
+
+def page_states(
     table: PageTable, total: int, others: Iterable[PageTable], places: Places, lacking: Lacking | None = None
-) -> PageCounts:
-    """Count the pages of an image of ``total`` pages, given the tables of all images that may share some.
+) -> States:
+    """The states of the pages of an image of ``total`` pages, given the tables of all images that may share some.
 
     ``table`` is changed: what is not stored counts as zero in it.
     """
-    absent = 0
+    regions = list(table.regions(stop=total))
+    states = [np.zeros(b - a, np.uint8) for a, b in regions]
     for number, (not_here, zeros) in (lacking or {}).items():
-        for a, b in table.regions(stop=total):
+        for (a, b), found in zip(regions, states, strict=True):
             entries = table.entries[a : min(b, len(not_here))]
             named = entries == number
-            absent += int(np.count_nonzero(named & not_here[a : a + len(entries)]))
+            found[: len(entries)][named & not_here[a : a + len(entries)]] = PageState.ABSENT
             entries[named & (not_here[a : a + len(entries)] | zeros[a : a + len(entries)])] = ZERO
-    regions = list(table.regions(stop=total))
     masks = [np.zeros(b - a, np.bool_) for a, b in regions]
     moved, keys = _moved(table, total, places)
-    found = np.zeros(len(keys), np.bool_)
+    known_elsewhere = np.zeros(len(keys), np.bool_)
     for other in others:
         for (a, b), mask in zip(regions, masks, strict=True):
             theirs = other.entries[a:b]
@@ -60,16 +74,47 @@ def count_pages(
         if len(keys):
             known = _moved(other, other.capacity, places)[1]
             known.sort()
-            found |= _among(keys, known)
-    shared: list[NDArray[np.int64]] = [np.zeros(0, np.int64)]
-    stored = 0
-    for (a, b), mask in zip(regions, masks, strict=True):
+            known_elsewhere |= _among(keys, known)
+    also = moved[known_elsewhere]
+    for (a, b), mask, found in zip(regions, masks, states, strict=True):
+        low, high = np.searchsorted(also, (a, b))
+        mask[also[low:high] - a] = True
         named = table.entries[a:b] != ZERO
-        stored += int(np.count_nonzero(named))
-        shared.append(np.flatnonzero(mask & named) + a)
-    in_place, also = np.concatenate(shared), moved[found]
-    count = len(in_place) + len(also) - int(np.count_nonzero(_among(also, in_place)))
-    return PageCounts(stored - count, count, total - stored - absent, absent, total)
+        found[named] = PageState.OWNED
+        found[named & mask] = PageState.SHARED
+    return [(a, found) for (a, _), found in zip(regions, states, strict=True)]
+
+
+def count_states(states: States, total: int) -> PageCounts:
+    """How many of ``total`` pages are what."""
+    found = np.zeros(len(PageState), np.int64)
+    for _, part in states:
+        found += np.bincount(part, minlength=len(PageState))
+    _, owned, shared, absent = found.tolist()
+    return PageCounts(owned, shared, total - owned - shared - absent, absent, total)
+
+
+def count_pages(
+    table: PageTable, total: int, others: Iterable[PageTable], places: Places, lacking: Lacking | None = None
+) -> PageCounts:
+    """Count the pages of an image; the arguments are those of `page_states`."""
+    return count_states(page_states(table, total, others, places, lacking), total)
+
+
+def state_runs(states: States, total: int) -> NDArray[np.int64]:
+    """The same as runs: rows ``(first page, state)``, each up to the next one's first page."""
+    if not total:
+        return np.zeros((0, 2), np.int64)
+    firsts, kinds = [np.zeros(1, np.int64)], [np.zeros(1, np.int64)]
+    for first, part in states:
+        cuts = np.append(0, np.flatnonzero(part[1:] != part[:-1]) + 1) if len(part) else np.zeros(0, np.int64)
+        firsts += [cuts + first, np.array([first + len(part)])]
+        kinds += [part[cuts].astype(np.int64), np.zeros(1, np.int64)]
+    runs = np.stack([np.concatenate(firsts), np.concatenate(kinds)], axis=1)
+    # Where a range begins right behind another, or with zeros, a row says nothing.
+    runs = runs[(runs[:, 0] < total) & np.append(runs[1:, 0] != runs[:-1, 0], True)]
+    found: NDArray[np.int64] = runs[np.append(True, runs[1:, 1] != runs[:-1, 1])]
+    return found
 
 
 def differing(mine: Entries, theirs: Entries, first: int, places: Places) -> Mask:

@@ -8,14 +8,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Protocol
 
+import numpy as np
+
 import ramfs
 from ramfs.arrival.pulls import Pulls
 from ramfs.errors import FileError, StoreDamaged
-from ramfs.image.lineage import PageCounts, count_pages
+from ramfs.image.lineage import PageState, States, page_states
 from ramfs.image.table import Mask
 from ramfs.inspect.counters import Counters
 from ramfs.namespace import Inode, Namespace
-from ramfs.store.direct import owned_and_shared
+from ramfs.store.direct import stored_and_shared
 from ramfs.store.images import Image, read_table
 from ramfs.store.presence import ABSENT, ZEROS
 from ramfs.store.store import Store
@@ -193,8 +195,8 @@ class Observer:
             metric(f"{name}_total", "counter", text, ("", value))
         return "\n".join(lines).encode() + b"\n"
 
-    def page_counter(self, image: Image) -> Callable[[], PageCounts]:
-        """What counts how many pages an image owns, shares, has zero, or lacks, in any thread.
+    def page_looker(self, image: Image) -> Callable[[], States]:
+        """What tells which pages of an image it owns, shares, has zero, or lacks, in any thread.
 
         It reads the tables of all images that may share pages with it, from their files. Which blocks a direct image
         shares the file system of the store tells.
@@ -203,11 +205,16 @@ class Observer:
         if (path := image.direct) is not None:
             whole = image.pages
 
-            def look() -> PageCounts:
-                owned, shared = owned_and_shared(path)
-                return PageCounts(owned, shared, whole - owned - shared, 0, whole)
+            def look_at_blocks() -> States:
+                found = np.zeros(whole, np.uint8)
+                stored, shared = stored_and_shared(path)
+                for first, stop in stored:
+                    found[first:stop] = PageState.OWNED
+                for first, stop in shared:
+                    found[first:stop][found[first:stop] == PageState.OWNED] = PageState.SHARED
+                return [(0, found)]
 
-            return look
+            return look_at_blocks
         layers, images = self.store.layers, self.store.images
         bases = {layers[number].base for number in image.layers if number in layers.by_id}
         names = [layer for layer in layers.by_id.values() if layer.base in bases]
@@ -221,22 +228,17 @@ class Observer:
                 states = layer.presence.at(layer.shift, layer.shift + total)
                 lacking[layer.id] = states == ABSENT, states == ZEROS
 
-        def count() -> PageCounts:
+        def look() -> States:
             table = read_table(own)
             if table is None:
                 raise StoreDamaged(f"table {own} is missing; run `ramfs fsck` on the store")
             relatives = map(read_table, others)  # one that has gone since shares nothing
-            return count_pages(table, total, (other for other in relatives if other is not None), places, lacking)
+            return page_states(table, total, (other for other in relatives if other is not None), places, lacking)
 
-        return count
+        return look
 
 
 def _largest_resident() -> int:
     """Bytes. (getrusage would not do: across exec it remembers the process that started this one.)"""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
-
-
-def page_counts_text(counts: PageCounts) -> bytes:
-    """The value of the attribute ``user.ramfs.pages``: the counts as a JSON object."""
-    return json.dumps(counts._asdict()).encode()

@@ -25,7 +25,7 @@ from ramfs.image.table import ENTRY
 from ramfs.store.catalog import settle_version
 from ramfs.store.files import is_open_elsewhere, punch_hole, read_exactly, sync_directory, write_all
 from ramfs.store.images import HEADER, Header, Image, Images, pack_header, table_length
-from ramfs.store.reflink import allocated_extents, shared_pages, stored_extents
+from ramfs.store.reflink import allocated_extents, shared_extents, stored_extents
 from ramfs.units import MAX_FILE_SIZE, pages
 
 
@@ -168,15 +168,13 @@ def stored(path: str, first: int = 0, stop: int = pages(MAX_FILE_SIZE)) -> int:
         os.close(fd)
 
 
-def owned_and_shared(path: str) -> tuple[int, int]:
-    """Number of pages that are stored: in blocks of its own, and in those that other files have too (any thread)."""
+def stored_and_shared(path: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The ranges of pages that are stored, and those of them in blocks that other files have too (any thread)."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        found = sum(stop - first for first, stop in stored_extents(fd))
-        shared = min(shared_pages(fd), found)
+        return stored_extents(fd), shared_extents(fd)
     finally:
         os.close(fd)
-    return found - shared, shared
 
 
 def leave_all(images: Images, tell: Callable[[str], None]) -> None:

@@ -57,9 +57,9 @@ def allocated_extents(fd: int) -> list[tuple[int, int]]:
     return [(low >> PAGE_SHIFT, pages(high)) for low, high, _, _ in _mapped(fd, _FIEMAP_SYNC)]
 
 
-def shared_pages(fd: int) -> int:
-    """How many pages of a file are in blocks that other files have too, as far as the file has been written back."""
-    return sum(pages(high) - (low >> PAGE_SHIFT) for low, high, _, flags in _mapped(fd, 0) if flags & _SHARED)
+def shared_extents(fd: int) -> list[tuple[int, int]]:
+    """The ranges of pages of a file in blocks that other files have too, as far as it has been written back."""
+    return [(low >> PAGE_SHIFT, pages(high)) for low, high, _, flags in _mapped(fd, 0) if flags & _SHARED]
 
 
 def blocks_of(fd: int, first: int, stop: int) -> NDArray[np.int64]:
