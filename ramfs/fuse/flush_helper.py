@@ -31,6 +31,8 @@ COVERED: Final = -1
 """the errno of an answer which tells that something is mounted over the mount"""
 #: Of sync_file_range(2): wait for writeback under way, write all that is dirty, wait for that.
 _WRITE_AND_WAIT: Final = 1 | 2 | 4
+#: Bytes that the daemon is asked for at a time, about: for as long as they take the guest's own requests may wait.
+_UNDER_WAY: Final = 4 << 20
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
@@ -112,10 +114,16 @@ def read_ahead(
         if fd >= 0:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             step = _ahead(device)
+            under_way: list[tuple[int, int]] = []
             for offset, length in parts:
                 for at in range(offset, offset + length, step):
-                    os.posix_fadvise(fd, at, min(step, offset + length - at), os.POSIX_FADV_WILLNEED)
-            os.pread(fd, 1, sum(parts[-1]) - 1)  # which waits for the last of them
+                    count = min(step, offset + length - at)
+                    os.posix_fadvise(fd, at, count, os.POSIX_FADV_WILLNEED)
+                    under_way.append((at, count))
+                    while sum(count for _, count in under_way[1:]) > _UNDER_WAY:
+                        os.pread(fd, 1, sum(under_way.pop(0)) - 1)  # waits for its last page
+            if under_way:
+                os.pread(fd, 1, sum(under_way[-1]) - 1)
         return (fd >= 0,)
 
 

@@ -42,9 +42,10 @@ _WINDOW: Final = 10.0
 _MOST_NOTES: Final = 1 << 14
 #: Bytes of a file that is worth it: smaller ones are no memory of a guest.
 _LEAST: Final = 1 << 20
-#: Pages that are read ahead in one go (8 MiB): as long as that takes the guest's own requests may have to wait, and the
-#: mount is in use by us.
-_AT_ONCE: Final = 1 << 11
+#: Pages that are read ahead in one go (64 MiB), for which the mount is in use by us; of what arrives fewer, so that it
+#: is read soon after it came.
+_AT_ONCE: Final = 1 << 14
+_ARRIVING: Final = 1 << 11
 #: Seconds between two looks whether pages have arrived, at first and at most.
 _SOON: Final = 0.01
 _LATER: Final = 1.0
@@ -156,7 +157,8 @@ class WorkingSets:
         """Have the kernel read what the user of a file will ask for."""
         with scope:
             try:
-                for runs in batches(known, image.size, _AT_ONCE):
+                arriving = not self._pager.layers.arriving.isdisjoint(image.layers)
+                for runs in batches(known, image.size, _ARRIVING if arriving else _AT_ONCE):
                     parts = [(a << PAGE_SHIFT, (b - a) << PAGE_SHIFT) for a, b in runs]
                     await self._here(image, parts)
                     for _ in range(_ATTEMPTS):
