@@ -24,6 +24,7 @@ from ramfs import qmp
 from ramfs.cli._private import Process, copy_pages
 from ramfs.errors import QmpError
 from ramfs.image.pages import nonzero_pages
+from ramfs.inspect.memorymap import flat_view
 from ramfs.units import PAGE
 
 _HEADER: Final = struct.pack(">4sI", b"QEVM", 3)
@@ -39,11 +40,6 @@ _RAN, _PAUSED = (struct.pack(">I8s", len(text) + 1, text) for text in (b"running
 #: Of `info ramblock`: name, bytes used, and since QEMU 8.1 the address in its memory.
 _BLOCK: Final = re.compile(
     r"^ *(\S.*?) +\d+ \w+  0x[0-9a-f]+ 0x([0-9a-f]+) 0x[0-9a-f]+(?: 0x([0-9a-f]+) +r[ow])?$", re.MULTILINE
-)
-#: Of `info mtree -f`: what of which region lies at a guest-physical address.
-_RANGE: Final = re.compile(
-    r"^ *([0-9a-f]+)-[0-9a-f]+ \(prio -?\d+, (?:nv-)?(?:ram|rom|romd)\): (.*?)(?: @([0-9a-f]+))?(?: KVM)?$",
-    re.MULTILINE,
 )
 #: Of `gpa2hva`.
 _ADDRESS: Final = re.compile(r"\((.*)\) is 0x([0-9a-f]+)")
@@ -89,9 +85,7 @@ class Devices:
     async def _locate(self) -> list[Block]:
         """The RAM blocks, and where they are in QEMU's memory; without firmware that it does not tell of."""
         listed = _BLOCK.findall(await self._guest.monitor("info ramblock"))
-        views = (await self._guest.monitor("info mtree -f")).split("FlatView #")
-        view = next((each for each in views if 'AS "memory"' in each), "")
-        ranges = [(int(at, 16), name, int(offset or "0", 16)) for at, name, offset in _RANGE.findall(view)]
+        ranges = flat_view(await self._guest.monitor("info mtree -f"))
         found = []
         for name, size, told in listed:
             address = int(told, 16) if told else None
@@ -99,18 +93,18 @@ class Devices:
                 # QEMU adds the device's path to the name of its region.
                 tail = name.rpartition("/")[2]
                 if [other.rpartition("/")[2] for other, _, _ in listed].count(tail) == 1:
-                    address = await self._address_of([each for each in ranges if each[1] in (name, tail)])
+                    address = await self._address_of([each for each in ranges if each[2].decode() in (name, tail)])
             if address is not None:
                 found.append(Block(name, int(size, 16), address))
             elif not _FIRMWARE.search(name):
                 raise QmpError(f"this QEMU does not tell where its RAM block {name} is in its memory; QEMU 8.1 does")
         return found
 
-    async def _address_of(self, ranges: list[tuple[int, str, int]]) -> int | None:
+    async def _address_of(self, ranges: list[tuple[int, int, bytes, int]]) -> int | None:
         """Where a region begins in QEMU's memory, by any range that it lies at."""
-        for at, name, offset in ranges:
+        for at, _, name, offset in ranges:
             told = _ADDRESS.search(await self._guest.monitor(f"gpa2hva {at:#x}"))
-            if told is not None and told[1] == name:
+            if told is not None and told[1].encode() == name:
                 return int(told[2], 16) - offset
         return None
 

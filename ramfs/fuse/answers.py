@@ -5,6 +5,7 @@ import errno
 import functools
 import logging
 import sqlite3
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
 
@@ -30,6 +31,10 @@ class Requests(Protocol):
 
     def concluded(self, request: int) -> None:
         """The answer is on its way."""
+        ...
+
+    def took(self, request: str, begun: float) -> None:
+        """A handler of that name has ended, which began at a time of time.monotonic."""
         ...
 
 
@@ -92,10 +97,13 @@ def answered(
 
     @functools.wraps(handler)
     async def wrapper(self: R, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        begun = time.monotonic()
         try:
             with request_of(self):
                 return await handler(self, *args, **kwargs)
         except Exception as exc:
             raise pyfuse3.FUSEError(errno_of(exc, handler.__name__, args)) from None
+        finally:
+            self.took(handler.__name__, begun)
 
     return wrapper

@@ -93,6 +93,7 @@ class Operations(pyfuse3.Operations):
         self.namespace = namespace
         self.observer = observer
         self._looker = states.Looker(observer)
+        self.took = observer.slowest.note
         self.flusher = flusher
         self.template_rdwr = template_rdwr
         self.passthrough = passthrough
@@ -233,6 +234,7 @@ class Operations(pyfuse3.Operations):
 
     async def _read_on(self, image: Image, offset: int, size: int, rest: Rest | None, token: object) -> None:
         """Answer a READ when its pages are here."""
+        begun = time.monotonic()
         try:
             with self._waiting.of(native.asker(token)):
                 if rest is not None:
@@ -241,6 +243,8 @@ class Operations(pyfuse3.Operations):
                     await self.arrivals.bring_all(self.pager.absent(image, offset, size))
         except Exception as exc:
             native.reply(token, self._failed(exc, "read", offset, size))
+        finally:
+            self.took("read", begun)
 
     def _read_view(self, view: OpenView, offset: int, size: int) -> Plan | bytes | None:
         """READ of a view: at once, or later when pages of it must first be written back by the kernel, or fetched."""
@@ -280,11 +284,13 @@ class Operations(pyfuse3.Operations):
         token = native.later()
 
         async def go_on() -> None:
+            begun = time.monotonic()
             try:
                 answer = await self._having(native.asker(token), work)
             except Exception as exc:
                 answer = self._failed(exc, request, *details)
             native.reply(token, answer)
+            self.took(request, begun)
 
         trio.lowlevel.spawn_system_task(go_on)
 

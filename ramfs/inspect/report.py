@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -15,7 +15,7 @@ from ramfs.arrival.pulls import Pulls
 from ramfs.errors import FileError, StoreDamaged
 from ramfs.image.lineage import PageState, States, page_states
 from ramfs.image.table import Mask
-from ramfs.inspect.counters import Counters
+from ramfs.inspect.counters import Counters, Slowest
 from ramfs.namespace import Inode, Namespace
 from ramfs.store.direct import stored_and_shared
 from ramfs.store.images import Image, read_table
@@ -71,6 +71,7 @@ class Observer:
     pulls: Pulls
     started: float
     supervision: Supervision
+    slowest: Slowest = field(default_factory=Slowest)
 
     def status(self) -> dict[str, Any]:
         """The contents of ``status.json``; docs/format.md names the fields."""
@@ -110,6 +111,7 @@ class Observer:
             },
             "memory_bytes": _largest_resident(),
             "requests": asdict(self.counters),
+            "slowest_requests": self.slowest.told(),
             "connection": self.connection(),
             "native": {
                 "files": sum(native for _, native in opened),
@@ -183,9 +185,9 @@ class Observer:
             (f'{{state="{state}"}}', sum(pull["state"] == state for pull in pulls))
             for state in ("arriving", "waiting", "paused")
         ))  # fmt: skip
-        for field, kind in _PULL_METRICS.items() if pulls else ():
-            text = f"{field.replace('_', ' ').capitalize()} of the pulls under way."
-            metric(f"pull_{field}", kind, text, *((f'{{pull="{pull["id"]}"}}', pull[field]) for pull in pulls))
+        for name, kind in _PULL_METRICS.items() if pulls else ():
+            text = f"{name.replace('_', ' ').capitalize()} of the pulls under way."
+            metric(f"pull_{name}", kind, text, *((f'{{pull="{pull["id"]}"}}', pull[name]) for pull in pulls))
         metric("native_files", "gauge", "Open files that the kernel serves by itself.", ("", status["native"]["files"]))
         metric(
             "native_live_files", "gauge", "Live files that are the file of their layer.", ("", status["native"]["live"])
