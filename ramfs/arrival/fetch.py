@@ -237,6 +237,11 @@ class Arrival:
                 self._idle.set()
             self._count(self._moved - began, stop)
 
+    async def settle(self) -> None:
+        """Return when what is on its way now has come, or failed."""
+        for flight in list(self._flights):
+            await flight.landed.wait()
+
     async def calm(self) -> None:
         """Return when nobody waits, or all who do wait for what does not come."""
         while self.waiting and (left := self._moved + _STUCK - trio.current_time()) > 0:

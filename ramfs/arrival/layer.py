@@ -1,5 +1,6 @@
 """An arriving layer from its beginning, when images name what is not here, to its end as a layer like any other."""
 
+import os
 from collections.abc import Mapping
 
 import numpy as np
@@ -9,6 +10,7 @@ from ramfs.arrival.known import Known
 from ramfs.errors import StoreDamaged
 from ramfs.image.table import CHUNK, Entries, Mask, runs_of
 from ramfs.pager import ENTRIES_AT_ONCE, Pager
+from ramfs.store.files import sync_directory
 from ramfs.store.images import Image
 from ramfs.store.layers import Layer
 from ramfs.store.presence import ABSENT, ZEROS, Presence
@@ -68,6 +70,69 @@ def _entries_held(pager: Pager, known: Known) -> Entries:
             found[of_it[layer.presence.states[where[of_it] + layer.shift] == ABSENT]] = ZERO
     entries[where] = found
     return entries
+
+
+async def promise(pager: Pager, found: list[tuple[Layer, Known]]) -> dict[LayerId, Mask]:
+    """Let arriving layers have digests, which all that came has, too; those that arrive still. Raises OSError.
+
+    Absent pages are named where they are held, or zeros, or lost, in all images. Returns which need not come for that.
+    """
+    layers = pager.layers
+
+    def settle() -> None:
+        for layer, known in found:
+            os.rename(known.digests, layers.path(layer.id, "xxh3"))
+        sync_directory(layers.directory)  # before the catalog says that they are there
+
+    await trio.to_thread.run_sync(settle)
+    arriving = [(layer, known, _entries_held(pager, known)) for layer, known in found if layer.id in layers.arriving]
+    with pager.store.catalog.transaction():
+        for layer, _, entries in arriving:
+            layers.promise(layer)
+            named = {LayerId(number) for number in np.unique(entries).tolist()} - {ZERO}
+            for number in pager.images.naming(layers.names_of(layer)):
+                image = pager.images.acquire(number)
+                pager.images.name_layers(image, named)
+                pager.images.release(image)
+    return {layer.id: _name_elsewhere(pager, layer, known, entries) for layer, known, entries in arriving}
+
+
+def _name_elsewhere(pager: Pager, layer: Layer, known: Known, entries: Entries) -> Mask:
+    """Let no table name a page that is absent, and zeros, lost or by ``entries`` elsewhere; which those are."""
+    assert layer.presence is not None
+    entries[known.lost] = LOST
+    for number in pager.images.naming(pager.layers.names_of(layer)):
+        image = pager.images.acquire(number)
+        try:
+            _swing(pager, image, layer, entries)
+        finally:
+            pager.images.release(image)
+    absent = layer.presence.states == ABSENT
+    if pager.layers.names_of(layer).keys() != {layer.id}:
+        entries[entries != LOST] = ZERO  # some images name these still, shifted
+    gone = absent & ((entries != ZERO) | ~(known.wanted | known.held))
+    for first, stop in runs_of(gone):
+        layer.presence.set(first, np.full(stop - first, ZEROS, np.uint8))
+    pager.images.unsynced.add(layer.id)
+    return np.asarray(gone, np.bool_)
+
+
+def _swing(pager: Pager, image: Image, layer: Layer, entries: Entries) -> None:
+    """Let an image name by ``entries``, where these are not zero, what it lacks of an arriving layer."""
+    assert layer.presence is not None
+    for name, shift in pager.layers.names_of(layer).items():
+        for first, stop in image.table.regions(stop=image.pages):
+            for low in range(first, stop, ENTRIES_AT_ONCE):
+                before = image.table.entries[low : min(low + ENTRIES_AT_ONCE, stop)]
+                at = np.arange(low, low + len(before)) + shift
+                within = (at >= 0) & (at < len(entries))
+                at[~within] = 0
+                after = np.where(within & (before == name) & (layer.presence.states[at] == ABSENT), entries[at], ZERO)
+                if shift:
+                    after[after != LOST] = ZERO  # a page is at the same place in every layer
+                if after.any():
+                    image.synced_name = image.synced_name and not image.frozen  # it is synced in place
+                    pager.set_entries(image, low, low + len(before), np.where(after == ZERO, before, after))
 
 
 def lacking(pager: Pager, image: Image) -> set[LayerId]:

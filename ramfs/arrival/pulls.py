@@ -16,7 +16,7 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -27,6 +27,7 @@ from ramfs.arrival import layer as layers
 from ramfs.arrival.fetch import Arrival, Arrivals
 from ramfs.arrival.known import Known
 from ramfs.arrival.stream import Stream, Throttle
+from ramfs.arrival.vouch import vouch
 from ramfs.errors import RamfsError, SourceError, SourceLost, SourceRefused
 from ramfs.image.digest import DIGEST
 from ramfs.image.working_set import Records, batches, empty, within
@@ -46,6 +47,8 @@ log = logging.getLogger(__name__)
 #: Opens what a URI names, as a directory of sources.
 Opener = Callable[[str], Awaitable[SourceDirectory]]
 
+#: Why a pull does not go on that has no source yet.
+_NOWHERE: Final = "where it comes from is not told yet: ramfs recover --source"
 #: Seconds until a stream that met an error begins again.
 _AGAIN: Final = 5.0
 #: Pages of what guests ask for first that are streamed in the order of the file.
@@ -77,7 +80,7 @@ class Incoming(NamedTuple):
 
 
 class Pull:
-    """Layers that arrive from one source."""
+    """Layers that arrive from one source. Its URI is empty until it has one, and who needs a page waits for that."""
 
     def __init__(self, pulls: "Pulls", number: int, directory: InodeNumber, uri: str, options: Options) -> None:
         self.id = number
@@ -123,6 +126,8 @@ class Pull:
 
     def _factory(self, layer: Layer, name: str, size: int, uri: str) -> Callable[[], Awaitable[PageSource]]:
         async def open_source() -> PageSource:
+            if not uri:
+                raise SourceLost(_NOWHERE)
             directory = await self._pulls.opener(uri)
             try:
                 source = await directory.open(name)
@@ -141,9 +146,9 @@ class Pull:
         return open_source
 
     def _tell(self, state: SourceState) -> None:
-        if not state.ok and state.attempts == 1:
+        if self.uri and not state.ok and state.attempts == 1:
             log.warning("pull from %s: %s; trying again", self.uri, state.error)
-        elif state.ok:
+        elif self.uri and state.ok:
             log.info("pull from %s goes on", self.uri)
 
     async def switch(self, uri: str) -> None:
@@ -152,7 +157,7 @@ class Pull:
         All that waits is tried again at once. After an error all is as before.
         """
         catalog = self._pulls.pager.store.catalog
-        only = await self._only_name(uri) if len(self._sources) == 1 else None
+        only = await self._only_name(uri) if len(self._sources) == 1 and self.uri else None
         opened: list[tuple[RetrySource, Callable[[], Awaitable[PageSource]], PageSource]] = []
         try:
             for (name, source), arrival in zip(self._sources, self.arrivals, strict=True):
@@ -176,6 +181,32 @@ class Pull:
                     await other.aclose()
         self._wake()
 
+    async def promise(self, promises: Mapping[str, Known], uri: str) -> None:
+        """Take what is lacking from another source, as :meth:`switch`, and have it compared from now on.
+
+        ``promises`` are of its files, by their names. What is held here is named where it lies, and does not have to
+        arrive. Raises SourceBroken if a page that came before is another: then all is as before, unless that was just
+        coming. Or SourceError, UsageError, OSError.
+        """
+        pager = self._pulls.pager
+        found = [
+            (arrival, source, promises[name])
+            for (name, source), arrival in zip(self._sources, self.arrivals, strict=True)
+            if name in promises and not arrival.layer.promised
+        ]
+        seen = [await vouch(pager, arrival, known.digests, known.lost) for arrival, _, known in found]
+        gone = await layers.promise(pager, [(arrival.layer, known) for arrival, _, known in found])
+        self.verified = all(each.layer.promised for each in self.arrivals)
+        for _, source, _ in found:
+            await source.reopen()  # it is compared then
+        await self.switch(uri)
+        for (arrival, _, known), before in zip(found, seen, strict=True):
+            number = arrival.layer.id
+            if number in gone:
+                self._taken += int(np.count_nonzero(gone[number] & known.held))
+                await arrival.settle()
+                await vouch(pager, arrival, pager.layers.path(number, "xxh3"), before | gone[number])
+
     def _wake(self) -> None:
         """Something has changed: a stream that met an error goes on at once."""
         self._changed.set()
@@ -192,10 +223,17 @@ class Pull:
             await directory.aclose()
         return names[0] if len(names) == 1 else None
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The bytes of its files, by their names at the source."""
+        return {name: source.size for name, source in self._sources}
+
     # -- its stream
 
     async def run(self) -> None:
         """Stream until nothing is lacking. Errors are told in ``trouble``, and it is tried again."""
+        while not self.uri and any(each.is_arriving for each in self.arrivals):
+            await self._changed.wait()
         left = sorted(self.arrivals, key=lambda each: each.source.size)
         before: set[str] = set()
         while True:
@@ -273,7 +311,9 @@ class Pull:
         full = next((arrival.trouble for arrival in self.arrivals if arrival.trouble), "")
         state = "arriving"
         error = full or self.trouble
-        if bad:
+        if not self.uri:
+            state, error = "waiting", _NOWHERE
+        elif bad:
             state, error = "waiting", str(bad[0].error)
         elif error:
             state = "waiting"

@@ -32,7 +32,7 @@ _FOUND: Final = ("like", "taken_bytes", "wanted_bytes", "lost_bytes", "first_byt
 _INTERRUPTED: Final = 130
 
 
-def _make(mount: MountEntry, request: dict[str, Any], directory: str) -> dict[str, Any]:
+def make(mount: MountEntry, request: dict[str, Any], directory: str) -> dict[str, Any]:
     """Have the daemon make the directory: its ``files``, ``bytes``, and more of the pull."""
     while True:
         try:
@@ -205,7 +205,7 @@ def pull(
     request["like"] = _like(like, mount)
     began = time.monotonic()
     try:
-        told = _make(mount, request, directory)
+        told = make(mount, request, directory)
         if not as_json:
             write_line(_describe(directory, uri, told))
         if (wait or warm) and told["id"] is not None:

@@ -14,7 +14,8 @@ def recover(directory: str, uri: str, as_json: bool) -> None:
 
     DIR is a directory that was pulled, a clone or snapshot of it, or a file in one of these. Nothing that is here is
     fetched again, and who waits for a page goes on. A file that was pulled alone may have another name there, which
-    the URI then tells. If the source cannot be used all stays as it was.
+    the URI then tells. If the source cannot be used all stays as it was. If DIR is unverified and this source has a
+    manifest, all is compared with that from now on, also what came before.
     """
     uri = source_of(uri)
     steer(directory, {"uri": uri}, as_json=as_json, done=f"goes on from {uri}")

@@ -99,10 +99,7 @@ class Snapshot:
         """Stop the guest, save its state into the directory, freeze, continue the guest."""
         self.signals.watch()
         async with qmp.connect(socket) as guest:
-            await require_fit(guest, socket)
-            await guest.require_ignore_shared()
-            pid = guest.peer()
-            await in_thread(lambda: self._look_at_memory(pid))
+            await self.check(guest, socket)
             was_running = await guest.running()
             if was_running:
                 await self._flush_in_rounds()
@@ -118,6 +115,13 @@ class Snapshot:
                 await in_thread(lambda: discard(fd, temporary))
         return self.report
 
+    async def check(self, guest: qmp.Qmp, socket: str) -> None:
+        """Can it be saved, and does its memory lie in the directory? Raises QmpError."""
+        await require_fit(guest, socket)
+        await guest.require_ignore_shared()
+        pid = guest.peer()
+        await in_thread(lambda: self._look_at_memory(pid))
+
     async def _save_and_freeze(self, guest: qmp.Qmp, fd: int, temporary: str) -> None:
         self._done(await flush(self.directory, running=False))
         begin = time.monotonic()
@@ -126,10 +130,10 @@ class Snapshot:
         self.report.save = time.monotonic() - begin
         with self.signals.held():
             begin = time.monotonic()
-            await in_thread(lambda: self._publish(temporary))
+            await in_thread(lambda: self.publish(temporary))
             self.report.freeze = time.monotonic() - begin
 
-    def _publish(self, temporary: str) -> None:
+    def publish(self, temporary: str) -> None:
         """Make the state and the frozen directory appear; when the second fails, the first is undone."""
         state = os.path.join(self.directory, "state")
         # The older state loses its name, and its contents live on behind this descriptor until we know.

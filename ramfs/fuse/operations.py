@@ -1165,10 +1165,10 @@ class Operations(pyfuse3.Operations):
 
     def _steer(self, command: dict[str, Any], caller: Caller) -> Job:
         """Changes what arrives below a path: its source, whether and how fast it streams."""
-        path, change = virtual.parse_arrival(command)
-        with self.namespace.at(path, caller) as top:
-            pulls = self.pulls.of_images(self.namespace.images_below(top))
-        return Steering(pulls, change)
+        change = virtual.parse_arrival(command)
+        with self.namespace.at(change.path, caller) as top:
+            which = self.pulls.of_images(self.namespace.images_below(top))
+        return Steering(self.pulls, which, self.namespace, change, caller)
 
     def stacktrace(self) -> None:
         """Not offered: pyfuse3 would dump stacks on an xattr of the root."""

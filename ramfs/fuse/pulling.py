@@ -8,7 +8,7 @@ import errno
 import functools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from typing import Final, NamedTuple
 
@@ -25,8 +25,9 @@ from ramfs.fuse.like import Likeness, like_path, newest_like
 from ramfs.image import working_set
 from ramfs.image.working_set import Records
 from ramfs.namespace import Caller, Namespace
+from ramfs.pager import Pager
 from ramfs.source.base import SourceDirectory, read_whole
-from ramfs.source.manifest import NAME, File, fetch_manifest, is_path
+from ramfs.source.manifest import NAME, File, Manifest, fetch_manifest, is_path
 from ramfs.source.opening import names_one
 from ramfs.store.images import Image
 from ramfs.units import MAX_FILE_SIZE, PAGE, PAGE_SHIFT
@@ -52,6 +53,8 @@ class Request(NamedTuple):
     options: Options
     like: bytes | bool = True
     """a path to a generation of it that is here; True: the newest one by its name, if any; False: none"""
+    sizes: dict[str, int] | None = None
+    """bytes of the files that will be told later where they come from; then there is no URI"""
 
 
 class _Found(NamedTuple):
@@ -75,6 +78,11 @@ class Pulling(Job):
 
     async def work(self) -> None:
         """Make the directory."""
+        if (sizes := self._request.sizes) is not None:
+            paths = {path: path for path in sorted(sizes)}
+            _check_paths(paths, len(paths), "what is to arrive")
+            await self._make({path: _Found(path, sizes[path], None) for path in paths})
+            return
         directory = await self._pulls.opener(self._request.uri)
         try:
             files = await self._look(directory)
@@ -108,24 +116,11 @@ class Pulling(Job):
 
     async def _make(self, files: dict[str, _Found]) -> None:
         """Work out what has to arrive of each file, and make them."""
-        layers = self._pulls.pager.layers
-        known: dict[str, Known] = {}
-        new: list[str] = []
-        likeness = Likeness(self._namespace, self._caller, self._like())
-        try:
-            for path, (_, size, file) in files.items():
-                if file is not None and size:
-                    new.append(new_path(layers.directory))
-                    layers.making.add(new[-1])
-                    known[path] = await likeness.look(os.fsencode(path), size, file.digests, new[-1])
+        promised = {path: file for path, (_, size, file) in files.items() if file is not None and size}
+        async with _knowing(
+            self._pulls.pager, Likeness(self._namespace, self._caller, self._like()), promised
+        ) as known:
             images = self._plant(files, known)
-            self._told["like"] = None if likeness.path is None else os.fsdecode(likeness.path)
-        finally:
-            likeness.close()
-            for left in new:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(left)
-                layers.making.discard(left)
         try:
             await self._pulls.pager.sync(images)  # as with a snapshot: who was told of it finds it again
         finally:
@@ -133,16 +128,10 @@ class Pulling(Job):
                 self._namespace.images.release(image)
 
     def _like(self) -> bytes | None:
-        """The path of the generation to take pages from. Raises FileError."""
         request = self._request
-        if request.like is True:
-            return newest_like(self._namespace, request.parent, request.name, self._caller)
-        if request.like is False:
-            return None
-        try:
-            return like_path(self._namespace, request.like, self._caller)
-        except FileError as exc:
-            raise FileError(exc.errno, f"cannot take pages from /{os.fsdecode(request.like)}: {exc}") from exc
+        found = _like(self._namespace, request.parent, request.name, request.like, self._caller)
+        self._told["like"] = None if found is None else os.fsdecode(found)
+        return found
 
     def _plant(self, files: dict[str, _Found], known: dict[str, Known]) -> list[Image]:
         """Make directory and files, in one piece; returns the files' images, each in use once."""
@@ -174,6 +163,41 @@ class Pulling(Job):
             "first_bytes": pull.first_bytes,
         }
         return list(images.values())
+
+
+def _like(space: Namespace, parent: bytes, name: bytes, like: bytes | bool, caller: Caller) -> bytes | None:
+    """The path of the generation to take pages of a directory from. Raises FileError."""
+    if like is True:
+        return newest_like(space, parent, name, caller)
+    if like is False:
+        return None
+    try:
+        return like_path(space, like, caller)
+    except FileError as exc:
+        raise FileError(exc.errno, f"cannot take pages from /{os.fsdecode(like)}: {exc}") from exc
+
+
+@contextlib.asynccontextmanager
+async def _knowing(pager: Pager, likeness: Likeness, files: dict[str, File]) -> AsyncIterator[dict[str, Known]]:
+    """What is known of files by their digests and by a generation of them that is here, by their paths.
+
+    It holds as long as the block lasts; files with digests that are still there at its end go.
+    """
+    layers = pager.layers
+    known: dict[str, Known] = {}
+    new: list[str] = []
+    try:
+        for path, file in files.items():
+            new.append(new_path(layers.directory))
+            layers.making.add(new[-1])
+            known[path] = await likeness.look(os.fsencode(path), file.size, file.digests, new[-1])
+        yield known
+    finally:
+        likeness.close()
+        for left in new:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(left)
+            layers.making.discard(left)
 
 
 async def _sizes(directory: SourceDirectory, names: dict[str, str]) -> dict[str, int]:
@@ -239,8 +263,9 @@ _PATIENCE: Final = 30.0
 
 
 class Change(NamedTuple):
-    """What is to be changed of pulls; None: that stays as it is."""
+    """What is to be changed of the pulls of what is at a path; None: that stays as it is."""
 
+    path: bytes
     uri: str | None = None
     rate: int | None = None
     paused: bool | None = None
@@ -249,22 +274,54 @@ class Change(NamedTuple):
 class Steering(Job):
     """A change to the pulls that some files arrive from."""
 
-    def __init__(self, pulls: list[Pull], change: Change) -> None:
-        super().__init__(pulls=len(pulls))
+    def __init__(self, pulls: Pulls, which: list[Pull], namespace: Namespace, change: Change, caller: Caller) -> None:
+        super().__init__(pulls=len(which), verified=all(pull.verified for pull in which))
         self._pulls = pulls
+        self._which = which
+        self._namespace = namespace
         self._change = change
+        self._caller = caller
 
     async def work(self) -> None:
         """Change one after the other."""
         change = self._change
-        for pull in self._pulls:
+        for pull in self._which:
             if change.uri is not None:
+                manifest = None
                 with trio.move_on_after(_PATIENCE) as limit:
-                    await pull.switch(change.uri)
+                    if not pull.verified:
+                        manifest = await self._manifest(change.uri)
+                    if manifest is None:
+                        await pull.switch(change.uri)
                 if limit.cancelled_caught:
                     self.fail(errno.ETIMEDOUT, f"{change.uri} does not answer", SourceLost.exit_code)
                     return
+                if manifest is not None:
+                    await self._promise(pull, manifest, change.uri)
             options = pull.options
             rate = options.rate if change.rate is None else change.rate
             paused = options.paused if change.paused is None else change.paused
             pull.set_options(replace(options, rate=rate, paused=paused))
+        self._told["verified"] = all(pull.verified for pull in self._which)
+
+    async def _manifest(self, uri: str) -> Manifest | None:
+        directory = await self._pulls.opener(uri)
+        try:
+            return await fetch_manifest(directory)
+        finally:
+            await directory.aclose()
+
+    async def _promise(self, pull: Pull, manifest: Manifest, uri: str) -> None:
+        """Take what is left from a source with a manifest, but for what is here of another generation."""
+        found, sizes = manifest.files, pull.sizes
+        files = {path: found[path] for path, size in sizes.items() if size and path in found}
+        wrong = next((path for path, file in files.items() if file.size != sizes[path]), None)
+        if wrong is not None:
+            raise SourceBroken(f"{uri}: {wrong} has another size by its manifest")
+        likeness = Likeness(self._namespace, self._caller, self._like())
+        async with _knowing(self._pulls.pager, likeness, files) as known:
+            await pull.promise(known, uri)
+
+    def _like(self) -> bytes | None:
+        parent, name = os.path.split(os.path.normpath(self._change.path))
+        return _like(self._namespace, parent, name, True, self._caller) if name not in {b"", b"."} else None

@@ -5,6 +5,7 @@
     {"clone": {"source": PATH, "parent": PATH, "name": NAME}}
     {"flatten": PATH}
     {"pull": {"uri": URI, "parent": PATH, "name": NAME, "wait": SECONDS or null, "rate": BYTES, "paused": BOOLEAN}}
+    the same with {"sizes": {PATH: BYTES, ...}} instead of "uri": where that comes from is told later, by
     {"arrival": {"path": PATH, and any of "uri", "rate", "paused"}}
 
 All but the first go on while the file is open, and reading the file tells how far they are (jobs.py). Paths are
@@ -24,7 +25,7 @@ from ramfs.fuse.extension import pyfuse3
 from ramfs.fuse.pulling import Change, Request
 from ramfs.inspect.report import Observer
 from ramfs.namespace import Inode
-from ramfs.units import InodeNumber
+from ramfs.units import MAX_FILE_SIZE, InodeNumber
 
 DIRECTORY_NAME: Final = b".ramfs"
 #: Set in the number of each inode that is not stored: also of manifests (manifests.py).
@@ -102,7 +103,10 @@ def parse_pull(command: dict[str, Any]) -> Request:
     """A pull command. Raises EINVAL."""
     pull = command["pull"]
     try:
-        uri, wait = _text(pull["uri"]), pull.get("wait")
+        sizes, wait = pull.get("sizes"), pull.get("wait")
+        uri = _text(pull["uri"]) if sizes is None else ""
+        if sizes is not None:
+            sizes = {_text(path): int(size) for path, size in sizes.items()}
         parent, name = os.fsencode(pull["parent"]), os.fsencode(pull["name"])
         options = Options(None if wait is None else float(wait), int(pull.get("rate", 0)), bool(pull.get("paused")))
         given = pull.get("like")
@@ -112,21 +116,23 @@ def parse_pull(command: dict[str, Any]) -> Request:
     paths = parent if isinstance(like, bool) else parent + like
     if not _fit_name(name) or b"\0" in paths or options.rate < 0 or not 0 <= (options.wait or 0) < 1e9:
         raise FileError(errno.EINVAL)
-    return Request(uri, parent, name, options, like)
+    if sizes is not None and not (sizes and all(0 <= size <= MAX_FILE_SIZE for size in sizes.values())):
+        raise FileError(errno.EINVAL)
+    return Request(uri, parent, name, options, like, sizes)
 
 
-def parse_arrival(command: dict[str, Any]) -> tuple[bytes, Change]:
-    """Path and change of an arrival command. Raises EINVAL."""
+def parse_arrival(command: dict[str, Any]) -> Change:
+    """An arrival command. Raises EINVAL."""
     given = command["arrival"]
     try:
         path = os.fsencode(given["path"])
         uri, rate, paused = given.get("uri"), given.get("rate"), given.get("paused")
-        change = Change(None if uri is None else _text(uri), None if rate is None else int(rate), paused)
+        change = Change(path, None if uri is None else _text(uri), None if rate is None else int(rate), paused)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise FileError(errno.EINVAL) from None
     if b"\0" in path or not isinstance(paused, bool | None) or (change.rate or 0) < 0:
         raise FileError(errno.EINVAL)
-    return path, change
+    return change
 
 
 def _text(value: Any) -> str:

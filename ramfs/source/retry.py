@@ -306,6 +306,12 @@ class RetrySource:
         if before is not None:
             await _close(before)  # its reads are repeated
 
+    async def reopen(self) -> None:
+        """Connect anew; reads under way are repeated."""
+        before, self._source = self._source, None
+        if before is not None:
+            await _close(before)
+
     def _wake(self) -> None:
         self._opening.cancel()
         self._switched.set()

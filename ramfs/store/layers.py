@@ -283,6 +283,12 @@ class Layers:
         self.catalog.set_meta("version", ARRIVING_VERSION)
         return layer
 
+    def promise(self, layer: Layer) -> None:
+        """The digests of an arriving layer, which are on disk, are those that its pages will have. In a transaction."""
+        self.catalog.execute("UPDATE arriving SET promised = 1 WHERE layer = ?", layer.id)
+        self.catalog.on_rollback(lambda: setattr(layer, "promised", False))
+        layer.promised = True
+
     def complete(self, layer: Layer) -> None:
         """All that tables name of an arriving layer is here, and on disk. Call in a transaction.
 

@@ -87,7 +87,10 @@ class Tool:
 
     def ended(self, patience: float = 60) -> int:
         """Wait for its end; the exit status."""
-        self.process.wait(patience)
+        try:
+            self.process.wait(patience)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"it does not end: {self.lines}") from None
         self._listener.join()
         return self.process.returncode
 
@@ -227,17 +230,19 @@ def test_whatever_fails_it_runs_in_one_place(pair: Pair, migrate: Callable[..., 
     pair.on_b.mount.expect("trying again")
 
     tool = migrate(guest, *at_once, qemu=["-nonsense"])
-    assert_goes_on_here(pair, guest, tool, 1, "QEMU ended: .*nonsense.*; the guest goes on here")
+    assert_goes_on_here(pair, guest, tool, 1, "QEMU ended: .*nonsense.*; the guest runs on here")
     tool = migrate(guest, *at_once, qemu=["-machine", "q35"])
     assert_goes_on_here(pair, guest, tool, 1, "cannot be started on the other host: .*; the guest goes on here")
     tool = migrate(guest)
     tool.wait_for("round 1: pull")
     tool.process.send_signal(signal.SIGINT)
     assert_goes_on_here(pair, guest, tool, 130, "interrupted by SIGINT; the guest (runs|goes) on here")
+    pair.a.slow(20)  # or it goes on there before anybody can say no
     tool = migrate(guest, *at_once)
     tool.wait_for("start there")
     tool.process.send_signal(signal.SIGTERM)
     assert_goes_on_here(pair, guest, tool, 143, "interrupted by SIGTERM; the guest goes on here")
+    pair.a.slow(10000)
 
     # The connection: before the order to go on it is clear who has the guest, and then the other host is asked.
     tool = migrate(guest, *at_once, on=rsh)

@@ -7,6 +7,7 @@ SOCKET.migrate tells who works here and how far he is, for the one who comes aft
 """
 
 import asyncio
+import base64
 import contextlib
 import fcntl
 import json
@@ -18,7 +19,17 @@ import sys
 from typing import Any
 
 from ramfs import qmp
-from ramfs.errors import RamfsError
+from ramfs.cli._control import DaemonReplaced, ToldError, outcome
+from ramfs.cli._mounts import locate, locate_new
+from ramfs.cli.pull import make
+from ramfs.errors import RamfsError, SourceBroken
+
+#: Seconds in which a QEMU that needs none of the guest's memory for that is ready to load its devices.
+_READY = 5.0
+#: How often a source is tried, and the seconds in between.
+_ATTEMPTS, _PAUSE = 10, 0.2
+#: Bytes of the longest order.
+_LONGEST = 4 << 20
 
 #: Bytes of the journal.
 _JOURNAL = 8192
@@ -81,7 +92,11 @@ class Agent:
         self.socket = socket
         self.journal = Journal(socket)
         self.made: list[str] = []
+        self.paused = ""
+        """a directory of which only what is touched comes"""
         self.qemu: asyncio.subprocess.Process | None = None
+        self.guest: qmp.Qmp | None = None
+        self._talking = contextlib.AsyncExitStack()
         self.gone = False
         """was the guest told to go on?"""
 
@@ -117,26 +132,105 @@ class Agent:
         self.made.append(directory)
         self.journal.write(made=self.made)
 
-    async def start(self, command: list[str], state: str) -> None:
-        """Start QEMU and load the state."""
+    async def prepare(self, directory: str, sizes: dict[str, int], command: list[str]) -> dict[str, Any]:
+        """Make a directory of files whose source is told later, and start QEMU on it.
+
+        Answers the number of the pull, and another generation that is here, if any. QEMU is started later if it wants
+        some of that memory for its start.
+        """
+        await self.check(directory)
+        self._made(directory)
+        mount, parent, name = await asyncio.to_thread(locate_new, directory)
+        request = {"sizes": sizes, "parent": parent, "name": name, "paused": True}
+        told = await asyncio.to_thread(make, mount, request, directory)
+        try:
+            async with asyncio.timeout(_READY):
+                await self._start(command)
+        except TimeoutError:
+            await self._end_qemu()
+            self.qemu = None
+        return {"pull": told["id"], "like": told["like"]}
+
+    async def take(self, directory: str, uri: str | None, resume: bool) -> dict[str, Any]:
+        """Tell where the memory comes from, and whether it streams.
+
+        Answers whether all of it is compared with digests, or why its source is none for what came before.
+        """
+        change: dict[str, Any] = {} if uri is None else {"uri": uri}
+        if resume:
+            change["paused"] = False
+        mount, way = await asyncio.to_thread(locate, directory)
+        attempts = _ATTEMPTS
+        while True:
+            try:
+                told = await asyncio.to_thread(outcome, mount, {"arrival": {"path": way, **change}})
+            except DaemonReplaced:
+                continue
+            except ToldError as error:
+                if error.exit_code == SourceBroken.exit_code:
+                    return {"verified": False, "wrong": str(error)}
+                attempts -= 1
+                if not attempts:
+                    raise
+                await asyncio.sleep(_PAUSE)  # a server that dies is started again
+                continue
+            self.paused = "" if resume else directory
+            return {"verified": told["verified"], "wrong": ""}
+
+    async def part(self, directory: str, data: str) -> None:
+        """A part of the devices' state."""
+        await asyncio.to_thread(_append, os.path.join(directory, "state"), base64.b64decode(data))
+
+    async def load(self, directory: str, uri: str, resume: bool, command: list[str]) -> dict[str, Any]:
+        """Take the memory from a source, and let QEMU load the state; as :meth:`take`."""
+        if self.qemu is None:
+            await self.take(directory, uri, resume)
+            await self._start(command)
+        taking = asyncio.create_task(self.take(directory, uri, resume))
+        loading = asyncio.create_task(self._load(os.path.join(directory, "state")))
+        try:
+            await asyncio.wait({taking, loading}, return_when=asyncio.FIRST_EXCEPTION)
+            for task in (taking, loading):  # QEMU waits for ever where nothing can be taken
+                if task.done():
+                    await task
+            return await taking
+        finally:
+            for task in (taking, loading):
+                task.cancel()
+            await asyncio.gather(taking, loading, return_exceptions=True)
+
+    async def _load(self, state: str) -> None:
+        assert self.guest is not None
+        async with self._explained():
+            await self.guest.load_state(state)
+
+    async def _start(self, command: list[str]) -> None:
         if _listens(self.socket):
             raise Failed(f"{self.socket} is in use on the other host: name another with --target-qmp")
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.socket)
         words = [*command, "-S", "-incoming", "defer", "-qmp", f"unix:{self.socket},server=on,wait=off"]
-        log = f"{self.socket}.log"
-        try:
-            with open(log, "wb") as file:
+        async with self._explained():
+            with open(f"{self.socket}.log", "wb") as file:
                 self.qemu = await asyncio.create_subprocess_exec(
                     *words, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
                 )
             self.journal.write(qemu=self.qemu.pid)
-            async with self._talk() as guest:
-                await guest.load_state(state)
+            while not _listens(self.socket):
+                if self.qemu.returncode is not None:
+                    raise Failed("it ended")
+                await asyncio.sleep(0.005)
+            self.guest = await self._talking.enter_async_context(qmp.connect(self.socket))
+
+    @contextlib.asynccontextmanager
+    async def _explained(self):  # type: ignore[no-untyped-def]
+        """Tell what QEMU said when it fails within the block."""
+        try:
+            yield
         except (RamfsError, OSError) as error:
             why = str(error)
             if self.qemu is not None and await self._has_ended():
-                with open(log, "rb") as file:
+                with open(f"{self.socket}.log", "rb") as file:
                     why = f"QEMU ended: {_last(file.read()) or self.qemu.returncode}"
             raise Failed(f"the guest cannot be started on the other host: {why}") from None
 
@@ -147,25 +241,14 @@ class Agent:
             await asyncio.wait_for(self.qemu.wait(), 1)
         return self.qemu.returncode is not None
 
-    @contextlib.asynccontextmanager
-    async def _talk(self):  # type: ignore[no-untyped-def]
-        assert self.qemu is not None
-        while not _listens(self.socket):
-            if self.qemu.returncode is not None:
-                raise Failed("it ended")
-            await asyncio.sleep(0.005)
-        async with qmp.connect(self.socket) as guest:
-            yield guest
-
     async def go(self, run: bool) -> None:
         """From here on the guest is this host's."""
-        assert self.qemu is not None
+        assert self.guest is not None
         self.journal.write(go="run" if run else "stay")
         self.gone = True
         try:
             if run:
-                async with self._talk() as guest:
-                    await guest.cont()
+                await self.guest.cont()
         except RamfsError as error:
             await self._end_qemu()
             self.gone = False
@@ -211,6 +294,7 @@ class Agent:
         return "ended"
 
     async def _end_qemu(self) -> None:
+        await self._talking.aclose()
         assert self.qemu is not None
         if self.qemu.returncode is None:
             self.qemu.kill()
@@ -226,6 +310,10 @@ class Agent:
                         os.unlink(path)
             for directory in self.made:
                 await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+        if self.paused and (self.gone or self.paused not in self.made):  # nobody is there to tell more
+            with contextlib.suppress(RamfsError, OSError):
+                await self.take(self.paused, None, resume=True)
+        await self._talking.aclose()
         if orderly or not self.gone:
             self.journal.end()
 
@@ -236,6 +324,11 @@ def _listens(socket: str) -> bool:
         return any(line.rstrip("\n").endswith(f" {socket}") and line.split()[3] == "00010000" for line in file)
 
 
+def _append(path: str, data: bytes) -> None:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600), "wb") as file:
+        file.write(data)
+
+
 def _last(text: bytes) -> str:
     lines = text.decode(errors="replace").strip().splitlines()
     return lines[-1].removeprefix("ramfs: ") if lines else ""
@@ -244,7 +337,7 @@ def _last(text: bytes) -> str:
 async def main(socket: str, patience: float, *, settling: bool) -> None:
     loop = asyncio.get_running_loop()
     agent = Agent(socket)
-    reader = asyncio.StreamReader()
+    reader = asyncio.StreamReader(limit=_LONGEST)
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
 
     def say(told: dict[str, Any]) -> None:

@@ -4,12 +4,20 @@ What happens, and what is undone when a step fails or Ctrl-C comes:
 
     step                                  when it fails
     rounds: snapshot here, pull there     nothing runs there; what was made is removed
-    last snapshot, with its devices,      it is continued
-      which stops the guest here
-    pull there, start QEMU, load          that QEMU is ended, the guest here is continued
+    there: a directory whose source is    that QEMU is ended, what was made is removed
+      told later, and QEMU on it
+    stop the guest, save its devices      it is continued
+    if some of it is there: freeze it     it is continued
+    tell the other host its source,       that QEMU is ended, the guest here is continued
+      and have it load the devices
     order to go on there                  known not to be obeyed: as above; not known: the guest here stays stopped
     end QEMU here                         the guest runs there: nothing is undone from here on
+    if it is not frozen yet: freeze it    its memory goes on arriving, unverified
     wait until all has arrived there      the server and the last snapshot stay
+
+Where nothing of the guest is there much may be dirty here, and to flush that would take longer than all the rest. So
+the stopped guest's files are served as they are until they are frozen, and only what is touched comes from there. Then
+everything is compared with the digests of what was frozen, also what came before.
 
 Only who was never told to go on can be known not to run: so the order is given once, and the guest here is continued
 only before it, or when the other host has answered that its QEMU is no more.
@@ -18,6 +26,7 @@ only before it, or when the other host has answered that its QEMU is no more.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import os
@@ -38,8 +47,10 @@ from typing import Any, NoReturn
 import click
 
 from ramfs import qmp
-from ramfs.cli._flush import in_thread
+from ramfs.cli._flush import flush, in_thread, rounds
+from ramfs.cli._stopping import discard, only_one, sweep, temporary_file
 from ramfs.cli._text import duration, human, parse_size
+from ramfs.cli.snapshot import Snapshot
 from ramfs.errors import RamfsError, UsageError
 
 AGENT = Path(__file__).with_name("agent.py").read_text()
@@ -48,6 +59,9 @@ AGENT = Path(__file__).with_name("agent.py").read_text()
 FALLS = 0.75
 #: Seconds that clearing up on the other host may take, when it goes on telling that it is there.
 _CLEARING = 60
+#: Bytes of the devices' state in one order.
+_PART = 1 << 20
+_STATE, _MANIFEST = "state", "ramfs.manifest"
 _ENDED = "the server ended: "
 #: Starts the server again when it ends, as nbdkit 1.32 does when a connection breaks at the wrong moment; also when we
 #: are gone. As systemd activates by socket: the socket is number 3, and it is told which process that is meant for.
@@ -96,6 +110,8 @@ class Report:
 
     target: str
     rounds: list[Round] = field(default_factory=list)
+    prepare: float | None = None
+    """seconds after the rounds in which all was made ready there; the guest ran on meanwhile"""
     downtime: float | None = None
     """seconds in which the guest ran nowhere; None if it was stopped before"""
     behind: Round | None = None
@@ -216,6 +232,10 @@ class Other:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
             await self._process.wait()
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            with contextlib.suppress(OSError):  # it may not have read all
+                await self._process.stdin.wait_closed()
         self._process = None
 
     async def settle(self) -> str:
@@ -253,6 +273,9 @@ class Server:
         self._report = report
         self._log = Path(tempfile.mkdtemp(prefix="ramfs-migrate-")) / "log"
         self._errors = self._log.with_name("errors")
+        self.stage = str(self._log.with_name("stage"))
+        """a directory of links, of which each new connection gets what they lead to then"""
+        os.mkdir(self.stage)
         self.leave = False
         """is it to go on without us?"""
 
@@ -262,7 +285,10 @@ class Server:
         self._log.write_bytes(b"")
         self._errors.write_bytes(b"")
         fd = self._socket.fileno()
-        words = ["nbdkit", "-f", "-r", "--filter=log", "file", f"dir={directory}", f"logfile={self._log}"]
+        # A live file that is asked for its first hole, as servers ask what they open, has all before that flushed.
+        # Where zeros are the manifest tells.
+        words = ["nbdkit", "-f", "-r", "--filter=log", "--filter=noextents", "file", f"dir={directory}"]
+        words.append(f"logfile={self._log}")
         with self._errors.open("ab") as file:
             process = self._keeper = subprocess.Popen(  # noqa: ASYNC220 - it may outlive the loop
                 ["sh", "-c", _KEEP, "sh", str(fd), self._log.parent, *words, "logappend=true"],
@@ -289,6 +315,13 @@ class Server:
                 why = lines[number - 1] if number and number - 1 not in ends else lines[number].removeprefix(_ENDED)
                 say(f"the server ended ({why}), and is started again")
             told = len(ends)
+
+    def show(self, directory: str, names: list[str]) -> None:
+        """Let the stage lead to these files of a directory."""
+        for name in names:
+            new = os.path.join(self._log.parent, "link")
+            os.symlink(os.path.join(directory, name), new)
+            os.rename(new, os.path.join(self.stage, name))
 
     @property
     def group(self) -> int:
@@ -339,7 +372,7 @@ class Migration:
 
     def __init__(
         self, directory: str, target: str, command: list[str], socket: str, other: Other, server: Server,
-        report: Report, limit: int, small: int,
+        report: Report, limit: int, small: int, hold: bool,
     ) -> None:  # fmt: skip
         self.directory = directory
         self.target = target
@@ -350,9 +383,14 @@ class Migration:
         self.report = report
         self.limit = limit
         self.small = small
+        self.hold = hold
         self.signals = Signals()
         self.mark = f"migrate-{os.getpid()}"
         self.snapshots: list[str] = []
+        self.frozen: Snapshot | None = None
+        """the last snapshot, when it is to be made"""
+        self.state = -1
+        """a descriptor of the devices' state"""
         self.was_running = False
         self.stopped_at: float | None = None
         self.fate = ""
@@ -364,6 +402,7 @@ class Migration:
         self.signals.watch()
         try:
             async with qmp.connect(self.socket) as guest:
+                await Snapshot(self.directory, self.mark, 0, quiet=quiet).check(guest, self.socket)
                 self.was_running = await guest.running()
             self.fate = "the guest runs on here" if self.was_running else "the guest is here, stopped as before"
             await self.other.begin()
@@ -458,31 +497,124 @@ class Migration:
 
     async def _move(self, before: str | None) -> None:
         """Stop here, go on there, and wait until all has arrived."""
-        name = f"{self.mark}-last"
-        if self.was_running:
-            say("stop")
-            self.stopped_at = time.time()  # at the earliest
-        report = await self._freeze(name, "--qmp", self.socket, "--stop")
-        if self.was_running:
-            self.stopped_at = report["stopped_at"]
         begin = time.monotonic()
-        async with self.server.serving(self._path(name)):
-            say("pull of what is left")
-            pulled = await self._pull(self.target, wait=False)
-            say("start there")
-            await self.other.do("start", command=self.command, state=os.path.join(self.target, "state"))
-            await self._commit()
-            if self.stopped_at is not None:
-                self.report.downtime = time.time() - self.stopped_at
-            self.stopped_at, self.fate = None, ""
-            now = "" if self.report.downtime is None else f", after {duration(self.report.downtime)}"
-            say(f"the guest is there{now}")
-            await self._end_here()
-            await self._arrive(pulled["id"])
+        sizes = await in_thread(self._sizes)
+        await in_thread(lambda: self.server.show(self.directory, list(sizes)))
+        async with self.server.serving(self.server.stage):
+            with only_one(self.directory, "tools/migrate"):
+                say("prepare there")
+                made = await self.other.do("prepare", directory=self.target, sizes=sizes, command=self.command)
+                later = made["like"] is None
+                async with qmp.connect(self.socket) as guest:
+                    self.report.prepare = time.monotonic() - begin
+                    if self.hold:
+                        await self._held()
+                    begin = time.monotonic()
+                    verified = await self._stop_and_load(guest, sizes, later=later)
+                await self._commit()
+                if self.stopped_at is not None:
+                    self.report.downtime = time.time() - self.stopped_at
+                self.stopped_at, self.fate = None, ""
+                now = "" if self.report.downtime is None else f", after {duration(self.report.downtime)}"
+                say(f"the guest is there{now}")
+                await self._end_here()
+                if later:
+                    await self._freeze_behind(list(sizes))
+            wrong = await self._arrive(made["pull"], verified=verified)
             if before is not None:
                 await self.other.do("remove", directory=before)
-            self.report.behind = Round(self.server.asked(), time.monotonic() - begin)
+            amount = self.server.asked() + os.fstat(self.state).st_size
+            self.report.behind = Round(amount, time.monotonic() - begin)
+        if wrong:
+            self._disbelieve(wrong)
         say(f"all of it is there: {human(self.report.behind.bytes)} since it was stopped")
+
+    async def _held(self) -> None:
+        say("ready; a line on standard input lets it go")
+        if not await in_thread(sys.stdin.readline):
+            raise Failed("standard input ended without a line")
+
+    def _sizes(self) -> dict[str, int]:
+        """The files to move, and their bytes."""
+        with os.scandir(self.directory) as entries:
+            found = {each.name: each.stat().st_size for each in entries if each.is_file(follow_symlinks=False)}
+        found = {name: size for name, size in found.items() if name != _STATE and not name.startswith(f".{_STATE}.")}
+        if not any(found.values()):
+            raise Failed(f"{self.directory} has no guest's memory in it")
+        return found
+
+    async def _stop_and_load(self, guest: qmp.Qmp, sizes: dict[str, int], *, later: bool) -> bool:
+        """Stop the guest, and bring it to where it needs only go on there; whether its memory is verified by now.
+
+        It is frozen at once, or ``later``.
+        """
+        self.frozen = Snapshot(self.directory, f"{self.mark}-last", 0, quiet=quiet, stop=True)
+        if self.was_running:
+            if not later:
+                async for _ in rounds(self.directory, self.limit or 1):
+                    pass
+            say("stop")
+            self.stopped_at = time.time()
+            await guest.stop()
+        if not later:
+            await flush(self.directory, running=False)
+        self.state = os.memfd_create("state")
+        await guest.save_state(self.state)
+        if await in_thread(self._sizes) != sizes:
+            raise Failed(f"files in {self.directory} were made, removed or changed their size")
+        if not later:
+            await self._freeze_state()
+            await in_thread(lambda: self._show_frozen(list(sizes)))
+            say("pull of what is left")
+        at = 0
+        while part := os.pread(self.state, _PART, at):
+            await self.other.do("part", directory=self.target, data=base64.b64encode(part).decode())
+            at += len(part)
+        say("start there")
+        how = {"directory": self.target, "uri": self.server.uri, "resume": not later, "command": self.command}
+        told = await self.other.do("load", **how)
+        if told["wrong"]:
+            raise Failed(told["wrong"])
+        return bool(told["verified"])
+
+    async def _freeze_state(self) -> None:
+        """Make the last snapshot, with the state in it."""
+        assert self.frozen is not None
+        snapshot = self.frozen
+
+        def work() -> None:
+            sweep(self.directory)
+            fd, temporary = temporary_file(self.directory)
+            try:
+                at = 0
+                while part := os.pread(self.state, _PART, at):
+                    at += os.write(fd, part)
+                os.fsync(fd)
+                snapshot.publish(temporary)
+            finally:
+                discard(fd, temporary)
+
+        self.snapshots.append(snapshot.name)
+        await in_thread(work)
+        self.frozen = None
+
+    def _show_frozen(self, names: list[str]) -> None:
+        self.server.show(self._path(self.snapshots[-1]), [*names, _MANIFEST])
+
+    async def _freeze_behind(self, names: list[str]) -> None:
+        """Freeze the guest that runs there already, so that what is left of it can be verified."""
+        try:
+            await self._freeze_state()
+            await in_thread(lambda: self._show_frozen(names))
+        except (RamfsError, OSError) as error:
+            say(f"{self.directory} cannot be frozen, so what arrives is not verified: {error}")
+
+    def _disbelieve(self, wrong: str) -> NoReturn:
+        self.state_kept = True
+        raise Failed(
+            f"{wrong}: the guest that runs there may have read something else; as it was when it stopped here, it is "
+            f"in {self._path(self.snapshots[-1])}"
+        )
 
     async def _commit(self) -> None:
         """Have the guest go on there. Raises Failed when it is known that it does not."""
@@ -502,17 +634,17 @@ class Migration:
                         raise Failed("the connection to the other host was lost before the guest went on there")
                     if answer == "runs":
                         return  # _arrive begins another agent
-                    self._give_up("the other host has lost its QEMU after it was to go on")
+                    await self._give_up("the other host has lost its QEMU after it was to go on")
                 await asyncio.wait([interrupted], timeout=1)
                 if interrupted.done():
-                    self._give_up("interrupted, and whether the guest runs there is not known")
+                    await self._give_up("interrupted, and whether the guest runs there is not known")
         finally:
             interrupted.cancel()
 
-    def _give_up(self, why: str) -> NoReturn:
+    async def _give_up(self, why: str) -> NoReturn:
         """Neither continue here nor clear away what may be the guest's only state."""
         self.stopped_at = None
-        self.state_kept = True
+        await self._keep_state()
         self.fate = (
             f"the guest stays stopped here, with its state in {self._path(self.snapshots[-1])}; continue it (cont at "
             f"{self.socket}) only if it does not run there"
@@ -529,9 +661,16 @@ class Migration:
             self.fate = f"the guest goes on here, after {duration(time.time() - self.stopped_at)}"
         except RamfsError as error:
             self.fate = f"the guest does not go on here: {error}"
-            if self.snapshots and os.path.isfile(os.path.join(self._path(self.snapshots[-1]), "state")):
-                self.state_kept = True
+            if await self._keep_state():
                 self.fate += f"; its state is in {self._path(self.snapshots[-1])}"
+
+    async def _keep_state(self) -> bool:
+        """Have the last snapshot, with the state in it, and let it stay; is there one?"""
+        if self.frozen is not None and self.state >= 0 and os.fstat(self.state).st_size:
+            with contextlib.suppress(RamfsError, OSError):
+                await self._freeze_state()
+        self.state_kept = bool(self.snapshots) and os.path.isfile(os.path.join(self._path(self.snapshots[-1]), _STATE))
+        return self.state_kept
 
     async def _end_here(self) -> None:
         try:
@@ -542,21 +681,28 @@ class Migration:
         except RamfsError as error:
             say(f"QEMU here was not ended ({error}): if it is there, end it, and do not continue it")
 
-    async def _arrive(self, pull: int | None) -> None:
-        """Wait until nothing is lacking there, however often the connection is lost."""
+    async def _arrive(self, pull: int | None, *, verified: bool) -> str:
+        """Wait until nothing is lacking there, however often the connection is lost; what is wrong with what came."""
         interrupted = asyncio.create_task(self.signals.another())
         left: int | None = None
-        asked = False
+        asked, streams, wrong = False, verified, ""
         try:
             while pull is not None:
                 try:
+                    if not streams:
+                        uri = self.server.uri if self.frozen is None and not wrong else None
+                        told = await self.other.do("take", directory=self.target, uri=uri, resume=True)
+                        wrong, streams = wrong or told["wrong"], not told["wrong"]
+                        if not streams:
+                            continue
                     left = await self.other.do("lacks", directory=self.target, pull=pull)
                     if not left:
-                        return
-                except Lost as error:
+                        break
+                except Failed as error:
                     say(f"{error}; trying again")
-                    with contextlib.suppress(Failed):
-                        await self.other.begin()
+                    if isinstance(error, Lost):
+                        with contextlib.suppress(Failed):
+                            await self.other.begin()
                 await asyncio.wait([interrupted], timeout=0.1 if self.other.there else 1)
                 if interrupted.done():
                     if asked:
@@ -567,6 +713,7 @@ class Migration:
                     interrupted = asyncio.create_task(self.signals.another())
         finally:
             interrupted.cancel()
+        return wrong
 
     def _leave(self, why: str) -> NoReturn:
         self.server.leave = True
@@ -594,6 +741,7 @@ def say(text: str) -> None:
 )
 @click.option("--rounds", "limit", type=click.IntRange(0, 100), default=8, show_default=True, help="At most so many.")
 @click.option("--small", default="16M", show_default=True, metavar="SIZE", help="A round that brings less is the last.")
+@click.option("--hold", is_flag=True, help="Make all ready, and go when a line comes on standard input.")
 @click.option("--patience", default=15.0, show_default=True, help="Seconds until a silent host is lost.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object; progress goes to standard error.")
 @click.argument("directory", metavar="DIR", type=click.Path(exists=True, file_okay=False))
@@ -601,7 +749,7 @@ def say(text: str) -> None:
 @click.argument("command", metavar="-- QEMU ...", nargs=-1, required=True, type=click.UNPROCESSED)
 def main(
     socket: str, prefix: str, listen: str, target_qmp: str | None, target_python: str, limit: int, small: str,
-    patience: float, as_json: bool, directory: str, target: str, command: tuple[str, ...],
+    hold: bool, patience: float, as_json: bool, directory: str, target: str, command: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Move the running guest whose RAM is in DIR to another host, as TARGET there.
 
@@ -622,7 +770,7 @@ def main(
     other = Other(shlex.split(prefix), target_python, target_qmp or os.path.abspath(socket), patience)
     migration = Migration(
         os.path.abspath(directory), target.rstrip("/"), [word for word in command if word != "--"], socket, other,
-        server, report, limit, least,
+        server, report, limit, least, hold,
     )  # fmt: skip
     try:
         asyncio.run(migration.run())
