@@ -16,7 +16,7 @@ from ramfs.cli._picture import BLUE, GREEN, GREY, NAVY, RED, SKY, YELLOW, Kind, 
 from ramfs.cli.du import files, hand_over
 from ramfs.errors import FileError, UsageError
 from ramfs.image.lineage import PageState
-from ramfs.image.working_set import NAME, parse, within
+from ramfs.image.working_set import NAME, parse
 from ramfs.units import PAGE
 
 Numbers = NDArray[np.uint32]
@@ -184,15 +184,11 @@ def _touches(top: str) -> Drawn:
     quarters[order] = 2 + (np.cumsum(counts[order]) - 1) * 4 // max(1, total)
     begin = 0
     for name, records in sets.items():
-        path = os.path.join(top, os.fsdecode(name))
-        if not os.path.isfile(path):
-            continue
-        found = states(path)
+        found = states(os.path.join(top, os.fsdecode(name)))
         kinds = (found != PageState.ZERO).astype(np.uint32)
-        mine = within(records, len(found) * PAGE)
         each = quarters[begin : begin + len(records)]
         begin += len(records)
-        for first, count, quarter in zip(mine["first"].tolist(), mine["count"].tolist(), each.tolist(), strict=False):
+        for (_, first, count), quarter in zip(records.tolist(), each.tolist(), strict=True):
             kinds[first : first + count] = quarter
         yield os.fsdecode(name), kinds
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import json
 import mmap
 import os
 import random
 import sqlite3
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -92,6 +94,13 @@ def test_a_clone_is_recorded_and_the_next_one_is_spared(mounted: Mount) -> None:
     found = recorded(warm)
     assert pages_of(found) * PAGE == counters(mounted.path)["read_bytes"] - before < SIZE / 4
     assert counters(mounted.path)["reads_ahead"] == 0
+
+    # It can be drawn: a quarter after the other, in the order in which they were asked for.
+    command = [sys.executable, "-m", "ramfs", "map", "--working-set", "--json", warm]
+    drawn = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=60).stdout)["files"][0]["runs"]
+    kinds = {page: kind for first, stop, kind in drawn for page in range(first, stop)}
+    assert [kinds[at * 256] for at in TOUCHED] == [2, 3, 4, 5]
+    assert sum(kind > 1 for kind in kinds.values()) == pages_of(found)
 
     second = clone(warm, mounted.path / "second")
     before = asked(mounted)
