@@ -83,9 +83,11 @@ def test_a_core_says_where_everything_is() -> None:
     assert head[at : at + size] == note()
     assert [(each[2] - len(head), each[3], each[4], each[5], each[6]) for each in segments[1:]] == [
         (0, 0, 0, 2 * PAGE, 2 * PAGE),
-        (2 * PAGE, 0, 1 << 32, PAGE, PAGE),
+        (2 * PAGE, 1 << 32, 1 << 32, PAGE, PAGE),
     ]
-    assert struct.unpack_from("<IIQQQQQQ", vmcore.header([]), 64)[:3] == (0, 0, 0)
+    nothing, empty = (struct.unpack_from("<IIQQQQQQ", vmcore.header(each), 64) for each in ([], [(0, PAGE)]))
+    assert (nothing[0], nothing[5]) == (0, 0)
+    assert (empty[0], *empty[3:7]) == (1, PAGE, PAGE, 0, 0)
     assert len(vmcore.header([], bytes(MAX_NOTE))) == vmcore.data_offset(0) == len(vmcore.header([]))
 
 
