@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from . import arrival, capture, generations, host, native, postcopy, workingset  # noqa: F401  (their cases)
+from . import arrival, capture, debugger, generations, host, native, postcopy, workingset  # noqa: F401  (their cases)
 from .bench import MIB, ROOT, Bench, interrupt_once, scratch
 from .cases import CASES
 from .stats import Measure, summary
