@@ -34,6 +34,8 @@ RESERVED: Final = frozenset((b".", b"..", SNAP, GUEST))
 _MOST_FILES: Final = 4096
 MAX_XATTR: Final = 65536
 CONTROL_XATTR: Final = b"user.ramfs."
+#: The one of these that is stored: a directory that has it takes the snapshots of what it is exchanged with.
+HEIR_XATTR: Final = CONTROL_XATTR + b"heir"
 
 _COLUMNS: Final = ("mode", "uid", "gid", "nlink", "rdev", "atime", "mtime", "ctime", "parent", "btime")
 
@@ -603,6 +605,9 @@ class Namespace:
         self, old_dir: Inode, name: bytes, inode: Inode, new_dir: Inode, new_name: bytes, other: Inode
     ) -> None:
         with self.catalog.transaction():
+            for heir, before in ((inode, other), (other, inode)):
+                if heir.is_dir and self._has_xattr(heir.ino, HEIR_XATTR):
+                    self._inherit(heir, before)
             for directory, entry, ino in ((old_dir, name, other), (new_dir, new_name, inode)):
                 self.catalog.execute(
                     "UPDATE names SET ino = ? WHERE parent = ? AND name = ?", ino.ino, directory.ino, entry
@@ -615,6 +620,34 @@ class Namespace:
             self._touch(old_dir, links=-moved)
             self._touch(new_dir, links=moved)
             self.outcomes.conclude()
+
+    def _inherit(self, heir: Inode, before: Inode) -> None:
+        """Give a directory the snapshots of the one that it takes the place of. In a transaction.
+
+        Raises ENOTDIR; EBUSY while somebody uses files of that one, for he would go on with what nobody finds any more;
+        EEXIST where both have a snapshot of the same name.
+        """
+        if not before.is_dir:
+            raise FileError(errno.ENOTDIR)
+        old, new = (InodeNumber(each.ino | SNAP_BIT) for each in (before, heir))
+        if any(parent in {old, new} for parent, _ in self._freezing):
+            raise FileError(errno.EBUSY)
+        for path, inode in self.files_below(before):
+            if inode.is_written:
+                text = f"{os.fsdecode(path)} is open in process {self.holders(inode)}"
+                raise FileError(errno.EBUSY, text)
+        taken = {name for _, name, _ in self.names(new)}
+        for _, name, ino in list(self.names(old)):
+            if name in taken:
+                raise FileError(errno.EEXIST)
+            if (known := self._known(ino)) is not None:
+                self._set(known, parent=new)
+        self.catalog.execute("UPDATE inodes SET parent = ? WHERE parent = ?", new, old)
+        self.catalog.execute("UPDATE names SET parent = ? WHERE parent = ?", new, old)
+        self.catalog.execute("DELETE FROM xattrs WHERE ino = ? AND name = ?", heir.ino, HEIR_XATTR)
+
+    def _has_xattr(self, ino: InodeNumber, name: bytes) -> bool:
+        return self.catalog.row("SELECT 1 FROM xattrs WHERE ino = ? AND name = ?", ino, name) is not None
 
     def set_attributes(
         self, ino: InodeNumber, *, size: int | None = None, mtime: int | None = None, **values: int
@@ -647,7 +680,7 @@ class Namespace:
     # -- extended attributes
 
     def xattrs(self, ino: InodeNumber) -> list[bytes]:
-        """The names of an inode's stored attributes, but for those of our own, which nobody may set."""
+        """The names of an inode's stored attributes, but for our own."""
         rows = self.catalog.execute("SELECT name FROM xattrs WHERE ino = ?", ino)
         return [row["name"] for row in rows if not row["name"].startswith(CONTROL_XATTR)]
 
@@ -663,7 +696,7 @@ class Namespace:
         inode = self.get(ino)
         if inode.frozen or inode.is_snap:
             raise FileError(errno.EROFS)
-        if name.startswith(CONTROL_XATTR):
+        if name.startswith(CONTROL_XATTR) and not (name == HEIR_XATTR and inode.is_dir):
             raise FileError(errno.EPERM)
         # Capabilities would have to be dropped with every write, and memory is not executed.
         if name == b"security.capability" or not name.startswith((b"user.", b"trusted.", b"security.")):
