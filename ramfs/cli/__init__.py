@@ -15,9 +15,7 @@ from ramfs.errors import EXIT_CODES, MountError, RamfsError
 #: Commands and the modules they are in, imported when asked for: numpy and libfuse are not needed to unmount.
 _COMMANDS: Final = (
     "mount", "umount", "upgrade", "snapshot", "clone", "capture", "flatten", "pull", "recover", "pause", "resume",
-    "status", "top", "du",
-    "diff", "log", "layout", "map",
-    "fsck",
+    "status", "top", "du", "diff", "log", "send", "receive", "layout", "map", "fsck",
 )  # fmt: skip
 
 #: Where the function has another name than the command, as Python has a function of that name.

@@ -37,6 +37,8 @@ _AT_ONCE: Final = 4 << 20
 _HEADER: Final = struct.Struct("<8sIIQQ16s")
 _RECORD: Final = struct.Struct("<QQII")
 _CHECKSUM: Final = 32  # its offset in the header
+#: Bytes of the header.
+HEAD: Final = _HEADER.size
 
 Digests = NDArray[np.uint8]
 
@@ -56,6 +58,8 @@ class Manifest(NamedTuple):
     """Digests of the files of a frozen directory, by their paths from there."""
 
     files: Mapping[str, File]
+    id: str = ""
+    """the checksum, in hex: two with the same have the same files, pages and sizes"""
 
 
 class Place(NamedTuple):
@@ -96,6 +100,13 @@ def lay_out(files: Iterable[tuple[bytes, int, int]]) -> Layout:
         head += _RECORD.pack(size, places[key].offset, len(path), 0) + path.ljust(_padded(len(path)), b"\0")
     _HEADER.pack_into(head, 0, MAGIC, VERSION, len(ordered), end, first, bytes(DIGEST))
     return Layout(head, places, end)
+
+
+def identity_of(head: bytes) -> str | None:
+    """The id (see Manifest) of one that begins so, None if it is no manifest."""
+    if len(head) < HEAD or _HEADER.unpack_from(head)[:2] != (MAGIC, VERSION):
+        return None
+    return head[_CHECKSUM : _CHECKSUM + DIGEST].hex()
 
 
 def _order(path: bytes) -> bytes:
@@ -154,7 +165,7 @@ async def read_manifest(source: PageSource) -> Manifest | None:
         files = await trio.to_thread.run_sync(_take_apart, memory, count, size, digests, where)
     if await trio.to_thread.run_sync(_checksum, view[:size]) != checksum:
         raise SourceBroken(f"{where}: the manifest is damaged: its checksum is wrong")
-    return Manifest(files)
+    return Manifest(files, checksum.hex())
 
 
 def _checksum(manifest: memoryview) -> bytes:

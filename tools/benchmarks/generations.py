@@ -1,4 +1,4 @@
-"""Generations: what has changed between two of them."""
+"""Generations: what has changed between two of them, and their way to another mount."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import peers
 from .bench import GIB, KIB, Bench, run
-from .cases import RAMFS, XFS, case, filler, serve, turns, xfs_directory
+from .cases import RAMFS, XFS, case, dense, filler, made_digests, rate, serve, turns, xfs_directory
 from .peers import Peer
 from .stats import Goal, Measure
 
@@ -48,3 +48,37 @@ def diff(bench: Bench) -> list[Measure]:
 
 
 EXTENTS = f"xfs_io fiemap of both ({XFS}) and diff"
+
+
+@case("send", "a snapshot into a pipe and out of one; cat of the same file")
+def send(bench: Bench) -> list[Measure]:
+    cat = "cat of the same file"
+    sent = Measure("snapshot into a pipe", "GB/s", goals=[Goal(0.8, True, cat)], less_is_better=False)
+    received = Measure("snapshot out of a pipe", "GB/s", goals=[Goal(0.7, True, cat)], less_is_better=False)
+    with serve(bench, {RAMFS: peers.ramfs}, dense(bench)) as up:
+        if RAMFS not in up:
+            return []
+        block = up[RAMFS].path
+        frozen = block.parent / ".snap" / "one"
+        frozen.mkdir()
+        made_digests(up[RAMFS])
+        stream, plain, target = bench.fresh("stream"), bench.fresh("plain"), block.parent.parent / "target"
+        ramfs = shlex.join(bench.ramfs)
+        run(["bash", "-c", f"{ramfs} send {frozen} > {stream}"])
+        run(["cp", block, plain])
+        commands = {
+            RAMFS: (f"{ramfs} send {frozen} | cat > /dev/null", f"cat {stream} | {ramfs} receive {target}"),
+            cat: (f"cat {frozen / block.name} | cat > /dev/null", f"cat {plain} | cat > {target}"),
+        }
+        for _, name in turns(bench, list(commands)):
+            for measure, command in zip((sent, received), commands[name], strict=True):
+                begun = time.perf_counter()
+                run(["bash", "-o", "pipefail", "-c", command])
+                measure.add(name, rate(bench.size, time.perf_counter() - begun))
+            if target.is_dir():
+                run(["cmp", block, target / block.name])
+                (target / ".snap" / "one").rmdir()
+            run(["rm", "-rf", target])
+        for path in (stream, plain):
+            path.unlink()
+    return [sent, received]
