@@ -141,8 +141,8 @@ def layout(directory: str, socket: str | None, source: str | None, derive: bool,
 def _print(directory: str, told: dict[str, Any]) -> None:
     show = printable if sys.stdout.isatty() else str
     rows = [(each, each["file"], f"at {each['offset']}") for each in told["ranges"]]
-    rows += [(each, f"({each['block']}: in no file)", "") for each in told["elsewhere"]]
-    rows += [(each, "(nothing)", "") for each in told["gaps"]]
+    rows += [(each, f"({each['block']}, in no file)", "") for each in told["elsewhere"]]
+    rows += [(each, "(no file)", "") for each in told["gaps"]]
     lines: list[tuple[str, ...]] = [("from", "to", "size", "file", "")]
     for each, name, where in sorted(rows, key=lambda row: (int(row[0]["gpa"], 16), row[1])):
         gpa, size = int(each["gpa"], 16), int(each["size"], 16)

@@ -33,7 +33,7 @@ from ramfs.fuse.jobs import Job
 from ramfs.fuse.manifests import Manifests, is_manifest
 from ramfs.fuse.passthrough import FOPEN_PASSTHROUGH, Passthrough
 from ramfs.fuse.pulling import Pulling, Steering
-from ramfs.fuse.views import OpenView, Views, is_layout, is_view, may_be_dirty
+from ramfs.fuse.views import OpenView, Views, is_layout, is_text, is_view, may_be_dirty
 from ramfs.fuse.waiting import Waiting
 from ramfs.fuse.working_sets import WorkingSets, is_working_set
 from ramfs.inspect import changes, states
@@ -129,7 +129,7 @@ class Operations(pyfuse3.Operations):
         if virtual.is_virtual(ino):
             data = self.working_sets.text(ino) if is_working_set(ino) else record.payload[OPENER.size :]
             text = self.manifests.reopen(ino) if is_manifest(ino) else None
-            view = self.views.reopen(data) if is_view(ino) and not is_layout(ino) else None
+            view = self.views.reopen(data) if is_view(ino) and not is_text(ino) else None
             written = bytearray() if is_layout(ino) else None
             self._files[handle] = VirtualHandle(handle, ino, data, uid, gid, pid, None, text, view, written)
             return
@@ -262,6 +262,9 @@ class Operations(pyfuse3.Operations):
             asker = native.asker(token)
             with self._waiting.of(asker):
                 await self.views.have(view, offset, size)
+            with contextlib.suppress(Absent):
+                if native.reply(token, self.views.gather(view, offset, size)):
+                    return
             answer = await self._having(asker, lambda: self.views.copy_out(view, offset, size))
         except Exception as exc:
             answer = self._failed(exc, "read", offset, size)
@@ -857,13 +860,13 @@ class Operations(pyfuse3.Operations):
         return self._open(self.namespace.get(InodeNumber(inode)), flags, ctx.pid)
 
     async def _open_virtual(self, ino: InodeNumber, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
-        if is_view(ino) and not is_layout(ino):
+        if is_view(ino) and not is_text(ino):
             return await self._open_view(ino, ctx)
         text = await self.manifests.open(ino) if is_manifest(ino) else None
-        handle = HandleId(next(self._numbers))
-        kept = data = self.views.text(ino) if is_layout(ino) else virtual.contents(ino, self.observer)
+        kept = data = await self.views.read_text(ino) if is_text(ino) else virtual.contents(ino, self.observer)
         if is_working_set(ino):
             data = self.working_sets.text(ino)
+        handle = HandleId(next(self._numbers))
         self._note_open(handle, ino, False, OPENER.pack(ctx.uid, ctx.gid, ctx.pid, 0, 0) + kept)
         written = bytearray() if is_layout(ino) else None
         self._files[handle] = VirtualHandle(

@@ -21,9 +21,12 @@ from ramfs.arrival.pulls import Incoming, Options, Pull, Pulls
 from ramfs.errors import FileError, SourceBroken, SourceLost, SourceRefused
 from ramfs.fuse.extension import pyfuse3
 from ramfs.fuse.jobs import Job
+from ramfs.fuse.layouts import fetch_layout, plant_layout
 from ramfs.fuse.like import Likeness, like_path, newest_like
 from ramfs.image import working_set
 from ramfs.image.working_set import Records
+from ramfs.inspect import layout
+from ramfs.inspect.layout import Layout
 from ramfs.namespace import Caller, Namespace
 from ramfs.pager import Pager
 from ramfs.source.base import SourceDirectory, read_whole
@@ -75,6 +78,7 @@ class Pulling(Job):
         self._request = request
         self._caller = caller
         self._working_sets: Mapping[bytes, Records] = {}
+        self._layout = Layout()
 
     async def work(self) -> None:
         """Make the directory."""
@@ -92,7 +96,7 @@ class Pulling(Job):
 
     async def _look(self, directory: SourceDirectory) -> dict[str, _Found]:
         """What there is, by the paths that it gets."""
-        names = set(await directory.names()) - {NAME, working_set.NAME}
+        names = set(await directory.names()) - {NAME, working_set.NAME, layout.NAME}
         paths = {name or UNNAMED: name for name in sorted(names)}  # by the paths that they get
         _check_paths(paths, len(names), directory.description)
         sizes = await _sizes(directory, paths)
@@ -112,6 +116,8 @@ class Pulling(Job):
                 raise SourceBroken(f"{where} has {sizes[path]} bytes, and {known[path].size} by its manifest")
             sizes[path] = known[path].size
         self._working_sets = await _fetch_working_sets(directory)
+        if manifest is not None:
+            self._layout = await fetch_layout(directory, {os.fsencode(path): size for path, size in sizes.items()})
         return {path: _Found(paths[path], size, known.get(path)) for path, size in sizes.items()}
 
     async def _make(self, files: dict[str, _Found]) -> None:
@@ -138,6 +144,7 @@ class Pulling(Job):
         space, request = self._namespace, self._request
         with space.at(request.parent, self._caller) as directory, space.catalog.transaction():
             top, images = space.plant(directory.ino, request.name, self._caller, map(os.fsencode, files))
+            plant_layout(space, top, self._layout)
             incoming = [
                 Incoming(
                     images[os.fsencode(path)], name, size, known.get(path), self._working_sets.get(os.fsencode(path))

@@ -9,6 +9,9 @@ A view (ramfs/inspect/views.py) is a list of pieces of files, made when it is op
 the files would. Where a guest may have dirty pages of a file, which only the kernel has, these are written back before;
 so a view shows what was stored before it was read. It is not cached then, nor while pages of it arrive.
 
+A snapshot has its layout also as ``ramfs.layout`` beside its files, for servers that export these alone; with it goes
+where the note of the guest's kernel is, which is looked for then.
+
 Where a directory has a file ``.guest`` of its own, from before there were views, that one is seen.
 """
 
@@ -21,7 +24,7 @@ import os
 import sqlite3
 import stat
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import trio
@@ -30,32 +33,32 @@ from ramfs.arrival.fetch import Arrivals
 from ramfs.errors import FileError
 from ramfs.fuse.extension import pyfuse3
 from ramfs.fuse.flush import Flusher
+from ramfs.fuse.layouts import LAYOUT_XATTR, NOTE_XATTR, remember_note
 from ramfs.fuse.virtual import VIRTUAL
 from ramfs.inspect import vmcore, vmcoreinfo
-from ramfs.inspect.layout import Layout, compose, derive, parse, records, to_text
+from ramfs.inspect.layout import NAME, Layout, compose, derive, parse, records, to_text
 from ramfs.inspect.views import Bytes, Gap, Piece, View, core, of_range, physmem
-from ramfs.namespace import CONTROL_XATTR, GUEST, Inode, Namespace
+from ramfs.namespace import GUEST, Inode, Namespace
 from ramfs.pager import MOST_ZEROS, Absent, Pager, Plan
 from ramfs.store.images import Image
 from ramfs.store.stored import Stored
-from ramfs.units import PAGE_SHIFT, ImageId, InodeNumber
+from ramfs.units import PAGE, PAGE_SHIFT, ImageId, InodeNumber
 
 log = logging.getLogger(__name__)
-
-#: What a file remembers of the layout, and where in it the note of the guest's kernel was found: a page.
-LAYOUT_XATTR: Final = CONTROL_XATTR + b"layout"
-NOTE_XATTR: Final = CONTROL_XATTR + b"vmcoreinfo"
 
 #: With VIRTUAL, set in the number of the directory; above it what of ``.guest`` is meant.
 _BIT: Final = 1 << 58
 _SHIFT: Final = 40
-_TOP, _LAYOUT, _PHYSMEM, _VMCORE, _RANGES = range(5)
+_TOP, _LAYOUT, _PHYSMEM, _VMCORE, _RANGES, _EXPORT = range(6)
 #: ... and from here on the ranges, in the order of addresses.
 _FIRST_RANGE: Final = 16
 _NAMES: Final = {b"layout.json": _LAYOUT, b"physmem": _PHYSMEM, b"vmcore": _VMCORE, b"ranges": _RANGES}
 #: Seconds that the kernel may keep what never changes, and what does.
 _KEEP: Final = 300.0
 _KEEP_LIVE: Final = 1.0
+#: Bytes of ``ramfs.layout`` besides the layout: its size is known before the note is found.
+_ROOM: Final = 2048
+_EXPORT_NAME: Final = NAME.encode()
 #: How often what is written back is looked for under a new name.
 _ATTEMPTS: Final = 10
 
@@ -68,6 +71,11 @@ def is_view(ino: int) -> bool:
 def is_layout(ino: int) -> bool:
     """Is it a ``layout.json``?"""
     return is_view(ino) and _kind(ino) == _LAYOUT
+
+
+def is_text(ino: int) -> bool:
+    """Is it a file that reads as a text, as it was when it was opened?"""
+    return is_view(ino) and _kind(ino) in (_LAYOUT, _EXPORT)
 
 
 def _kind(ino: int) -> int:
@@ -125,10 +133,14 @@ class Views:
     # -- names
 
     def find(self, parent: InodeNumber, name: bytes) -> InodeNumber | None:
-        """The ``.guest`` that a name of a directory leads to; None if it leads to none."""
-        if name != GUEST or parent >= 1 << _SHIFT or self._namespace.has(parent, name):
+        """The ``.guest``, or ``ramfs.layout``, that a name of a directory leads to; None if it leads to none."""
+        space = self._namespace
+        if name not in (GUEST, _EXPORT_NAME) or parent >= 1 << _SHIFT or space.has(parent, name):
             return None
-        return _number(parent, _TOP) if self._namespace.get(parent).is_dir else None
+        directory = space.get(parent)
+        if name == _EXPORT_NAME:
+            return _number(parent, _EXPORT) if space.is_snapshot(directory) else None
+        return _number(parent, _TOP) if directory.is_dir else None
 
     def lookup(self, parent: int, name: bytes) -> InodeNumber:
         """A name in ``.guest``, or in its ``ranges``. Raises ENOENT, ENOTDIR."""
@@ -190,7 +202,9 @@ class Views:
         except FileError as exc:
             log.info("%s of inode %d is refused: %s", "layout.json", directory.ino, exc)
             raise
-        self._remember(directory, records(layout))
+        with self._namespace.catalog.transaction():
+            self._remember(directory, records(layout))
+            remember_note(self._namespace, layout, {name: number for name, (number, _) in files.items()})
         return True
 
     def clear_layout(self, ino: int) -> None:
@@ -227,9 +241,9 @@ class Views:
             entry.st_nlink = 3 if kind == _TOP else 2
             return entry
         layout = self.layout(directory)
-        if kind == _LAYOUT:
+        if kind in (_LAYOUT, _EXPORT):
             entry.st_mode = stat.S_IFREG | directory.mode & (0o444 if directory.frozen else 0o666)
-            entry.st_size = len(to_text(layout))
+            entry.st_size = len(self.text(ino)) if kind == _LAYOUT else _export_size(layout)
             entry.st_blocks = (entry.st_size + 511) // 512
             return entry
         view = self._view(kind, layout, self._numbers(directory))
@@ -263,7 +277,27 @@ class Views:
 
     def text(self, ino: int) -> bytes:
         """``layout.json``."""
-        return to_text(self.layout(self.directory(ino)))
+        directory = self.directory(ino)
+        layout = self.layout(directory)
+        hints = self._namespace.memory_files(directory.ino, NOTE_XATTR)
+        for name in sorted({each.file for each in layout.ranges}):
+            _, hint = hints[name]
+            if hint is not None:
+                return to_text(replace(layout, note=(name, int(hint) << PAGE_SHIFT)))
+        return to_text(layout)
+
+    async def read_text(self, ino: int) -> bytes:
+        """What a file that :func:`is_text` reads as. Raises FileError, SourceError, OSError."""
+        if is_layout(ino):
+            return self.text(ino)
+        directory = self.directory(ino)
+        layout = self.layout(directory)
+        opened = self._pin(physmem(layout, self._numbers(directory)))
+        try:
+            await self._note(opened)
+        finally:
+            self.close(opened)
+        return self.text(ino).ljust(_export_size(layout))
 
     async def open(self, ino: int) -> OpenView:
         """A view; :meth:`close` it. Raises FileError, SourceError, OSError."""
@@ -414,6 +448,10 @@ class Views:
         if page is None and image.frozen and self._pager.layers.arriving.isdisjoint(image.layers):
             self._without_note.add(image.id)
         return page
+
+
+def _export_size(layout: Layout) -> int:
+    return (len(to_text(layout)) + _ROOM + PAGE - 1) & -PAGE
 
 
 def _mode(files: Iterable[Inode]) -> int:

@@ -20,12 +20,16 @@ from ramfs.ramblock import Block, BlockName, FileName, GuestAddress, file_name_o
 from ramfs.units import PAGE
 
 SCHEMA: Final = 1
+#: How the text begins.
+BEGINS: Final = b'{\n  "schema": '
 #: More ranges than any guest has.
 MAX_RANGES: Final = 1024
 #: Bytes of the longest text.
 MAX_TEXT: Final = 1 << 20
 #: Where physical addresses end: those of x86-64 have 52 bits.
 MAX_ADDRESS: Final = 1 << 52
+#: What a snapshot's layout is called for servers that export the files of a directory alone (not listed there).
+NAME: Final = "ramfs.layout"
 #: The file of a guest's device state, which is no memory.
 STATE: Final = b"state"
 
@@ -36,6 +40,7 @@ _FOUR_GIB: Final = 1 << 32
 #: Bytes of the smallest file that is taken for a guest's RAM whatever its name is.
 _LEAST_RAM: Final = 1 << 20
 _LONGEST_MACHINE: Final = 255
+_NOTE_KEYS: Final = {"file", "offset"}
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -88,6 +93,8 @@ class Layout:
     """from names and sizes alone?"""
     ignored: tuple[Range, ...] = ()
     """what files say of themselves and cannot be, since others lie there"""
+    note: tuple[bytes, int] | None = None
+    """a file, and where in it the guest's kernel had its note VMCOREINFO when it was last looked for"""
 
     @property
     def size(self) -> int:
@@ -158,6 +165,7 @@ def _entries(told: Mapping[str, Any], key: str, known: set[str]) -> list[dict[st
 def parse(text: bytes | str, files: Mapping[bytes, int]) -> Layout:
     """A layout that somebody wrote, for a directory with files of these names and sizes.
 
+    What it says of having been derived is kept; whoever stores it makes that untrue.
     Raises FileError (EINVAL) that says what is wrong with it.
     """
     try:
@@ -176,7 +184,13 @@ def parse(text: bytes | str, files: Mapping[bytes, int]) -> Layout:
     for entry in _entries(told, "elsewhere", {"gpa", "size", "block"}):
         gpa, size = _number(entry, "gpa"), _number(entry, "size")
         elsewhere.append(Elsewhere(GuestAddress(gpa), size, BlockName(_name(entry, "block"))))
-    made = Layout(tuple(sorted(ranges)), tuple(sorted(elsewhere)), machine)
+    note = None
+    for entry in _entries(
+        {"vmcoreinfo": [told["vmcoreinfo"]]} if "vmcoreinfo" in told else {}, "vmcoreinfo", _NOTE_KEYS
+    ):
+        note = _name(entry, "file"), _number(entry, "offset")
+    derived = told.get("derived") is True
+    made = Layout(tuple(sorted(ranges)), tuple(sorted(elsewhere)), machine, derived, note=note)
     check(made, files)
     return made
 
@@ -210,6 +224,8 @@ def check(layout: Layout, files: Mapping[bytes, int]) -> None:
             _ = each.name
         except BadName as exc:
             raise _bad(f"the range {_at(each.gpa, each.size)} can have no name: {exc}") from None
+    if layout.note is not None and layout.note[1] >= files.get(layout.note[0], 0):
+        raise _bad(f'"vmcoreinfo" is at {layout.note[1]:#x} of {_shown(layout.note[0])}, which has no such place')
     before: Range | Elsewhere | None = None
     parts: list[Range | Elsewhere] = [*layout.ranges, *layout.elsewhere]
     for part in sorted(parts, key=lambda part: (part.gpa, part.size)):
@@ -240,6 +256,8 @@ def to_text(layout: Layout) -> bytes:
         {"gpa": f"{each.gpa:#x}", "size": f"{each.size:#x}", "block": os.fsdecode(each.block)}
         for each in layout.elsewhere
     ]
+    if layout.note is not None:
+        told["vmcoreinfo"] = {"file": os.fsdecode(layout.note[0]), "offset": f"{layout.note[1]:#x}"}
     if layout.ignored:
         told["ignored"] = [shown(each) for each in layout.ignored]
     return json.dumps(told, indent=2).encode() + b"\n"

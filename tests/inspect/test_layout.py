@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -71,6 +72,9 @@ RANGE = {"gpa": 0, "size": MIB, "file": "ram0"}
         ({"ranges": [RANGE, {**RANGE, "gpa": MIB - 4096}]}, ["[0x0, 0x100000) and [0xff000, 0x1ff000) overlap"]),
         ({"ranges": [RANGE, RANGE]}, ["overlap"]),
         ({"ranges": [RANGE], "elsewhere": [{"gpa": 4096, "size": 4096, "block": "pc.bios"}]}, ["overlap"]),
+        ({"ranges": [], "vmcoreinfo": {"file": "ram0", "offset": GIB}}, ["vmcoreinfo", "no such place"]),
+        ({"ranges": [], "vmcoreinfo": {"file": "none", "offset": 0}}, ["none"]),
+        ({"ranges": [], "vmcoreinfo": []}, ["no range"]),
         ({"ranges": [], "elsewhere": [{"gpa": 4096, "size": 4096, "block": "b", "file": "x"}]}, ['"file"']),
     ],
 )
@@ -112,6 +116,8 @@ def test_text_and_records_say_the_same() -> None:
         "pc-q35-7.2",
     )  # fmt: skip
     assert parse(to_text(layout), FILES) == layout
+    known = replace(layout, note=(b"ram0", 77 * 4096))
+    assert parse(to_text(known), FILES) == known
     told = records(layout)
     assert set(told) == {b"pc.ram@0x0", b"ram0"}
     assert compose(told) == layout

@@ -319,7 +319,7 @@ def test_the_command(vm: Path, tmp_path: Path) -> None:
     assert [line.split() for line in out] == [
         ["from", "to", "size", "file"],
         ["0x0", "0x100000", "1.0", "MiB", "ram0", "at", "0x0"],
-        ["0x100000", "0x100000000", "4.0", "GiB", "(nothing)"],
+        ["0x100000", "0x100000000", "4.0", "GiB", "(no", "file)"],
         ["0x100000000", "0x100018000", "96.0", "KiB", "ram1", "at", "0x8000"],
         ["of", "a", "pc"],
     ]
@@ -401,6 +401,31 @@ def test_of_what_arrives_only_what_is_read_comes(
         run("resume", here / "vm").ok()
         eventually(lambda: not status(shared.path)["pulls"], "all is here")
         assert read_at(guest / "physmem", 0, 20 * MIB) == RAM * 16
+
+
+def test_what_is_pulled_from_a_snapshot_has_its_layout(shared: Mount, vm: Path, tmp_path_short: Path) -> None:
+    """And the note of its kernel is found without a look at what has not come."""
+    with open(vm / "ram0", "r+b") as file:
+        os.pwrite(file.fileno(), NOTE, 77 * PAGE)
+    (vm / ".snap/s").mkdir()
+    exported = (vm / ".snap/s/ramfs.layout").read_bytes()
+    assert json.loads(exported) == layout_of(vm / ".snap/s")
+    assert json.loads(exported)["vmcoreinfo"] == {"file": "ram0", "offset": hex(77 * PAGE)}
+    assert len(exported) == (vm / ".snap/s/ramfs.layout").stat().st_size
+    assert "ramfs.layout" not in os.listdir(vm / ".snap/s")
+    with fails(errno.ENOENT):
+        (vm / "ramfs.layout").stat()
+    with nbdkit(tmp_path_short / "s", "file", f"dir={vm}/.snap/s") as uri:
+        pulled = vm.parent / "pulled"
+        run("pull", "--paused", "--like", "none", uri, pulled).ok()
+        assert os.listdir(pulled) == ["ram0", "ram1"]
+        assert layout_of(pulled) == layout_of(vm / ".snap/s")
+        assert notes(pulled / ".guest/vmcore") == [b"VMCOREINFO"]
+        (pull,) = status(shared.path)["pulls"]
+        assert pull["fetched_bytes"] <= 64 * PAGE
+        run("resume", pulled).ok()
+        eventually(lambda: not status(shared.path)["pulls"], "all is here")
+    assert read_at(pulled / ".guest/physmem", 4 * GIB + 8 * PAGE, PAGE) == RAM[:PAGE]
 
 
 def test_a_source_that_is_lost_fails_the_read(
