@@ -29,7 +29,7 @@ from ramfs.inspect import layout
 from ramfs.inspect.layout import Layout
 from ramfs.namespace import Caller, Namespace
 from ramfs.pager import Pager
-from ramfs.source.base import SourceDirectory, read_whole
+from ramfs.source.base import SourceDirectory, read_whole, size_of
 from ramfs.source.manifest import NAME, File, Manifest, fetch_manifest, is_path
 from ramfs.source.opening import names_one
 from ramfs.store.images import Image
@@ -214,11 +214,9 @@ async def _sizes(directory: SourceDirectory, names: dict[str, str]) -> dict[str,
 
     async def ask(path: str, name: str) -> None:
         async with limit:
-            source = await directory.open(name)
-            await source.aclose()
-        if not 0 <= source.size <= MAX_FILE_SIZE:
-            raise SourceBroken(f"{source.description} has {source.size} bytes, which no file can have")
-        sizes[path] = source.size
+            sizes[path] = await size_of(directory, name)
+        if not 0 <= sizes[path] <= MAX_FILE_SIZE:
+            raise SourceBroken(f"{name} of {directory.description} has {sizes[path]} bytes, which no file can have")
 
     await together(functools.partial(ask, path, name) for path, name in names.items())
     return sizes

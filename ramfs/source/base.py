@@ -86,3 +86,17 @@ class SourceDirectory(Protocol):
 
     async def aclose(self) -> None:
         """Let go of everything but what was opened."""
+
+
+async def size_of(directory: SourceDirectory, name: str) -> int:
+    """Bytes of one of its sources. Raises as ``open``.
+
+    A directory that can tell without opening it has a coroutine ``size``: to open takes a server several connections,
+    and for each some look through the whole file.
+    """
+    tell: Callable[[str], Awaitable[int]] | None = getattr(directory, "size", None)
+    if tell is not None:
+        return await tell(name)
+    source = await directory.open(name)
+    await source.aclose()
+    return source.size

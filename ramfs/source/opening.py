@@ -103,6 +103,10 @@ class _OneExport:
         """Its name."""
         return [self._name]
 
+    async def size(self, name: str) -> int:
+        """Bytes of it, or of another one."""
+        return await self._directory.size(name)
+
     async def open(self, name: str) -> PageSource:
         """Open it, or another one."""
         return await self._directory.open(name)
