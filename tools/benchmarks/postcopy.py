@@ -27,6 +27,8 @@ from .peers import Mounted
 from .stats import Goal, Measure
 
 QEMU, BACK = "QEMU's postcopy-ram", "ramfs, and back again"
+#: Where the kernel waits for a page such that a signal may end it: for QEMU's migration, for one answer of FUSE.
+WAITING = {"handle_userfault", "request_wait_answer", "__fuse_simple_request", "fuse_simple_request"}
 #: Seconds between two looks at whether a thread waits.
 LOOK = 0.002
 #: MiB of the guest, and how much of that it has filled.
@@ -64,7 +66,7 @@ class Waits:
             for number, task in self._tasks.items():
                 with contextlib.suppress(OSError):
                     state = (task / "stat").read_bytes().rpartition(b") ")[2][:1]
-                    if state == b"D" or (task / "wchan").read_bytes() == b"handle_userfault":
+                    if state == b"D" or (task / "wchan").read_text() in WAITING:
                         self._seconds[number] += now - before
             before = now
 
