@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import sys
+from collections.abc import Iterator
 
 import click
 
@@ -38,7 +39,7 @@ def diff(old: str, new: str, with_pages: bool, content: bool, as_json: bool) -> 
     if os.path.isdir(old) != os.path.isdir(new):
         raise FileError(errno.ENOTDIR, f"one of {old} and {new} is a directory: give two directories, or two files")
     with vanishing(f"{old} or {new}"):
-        found = list(compare(old, new, content=content, with_runs=with_pages))
+        found = list(compare(old, new, content=content, with_runs=with_pages, with_places=True))
     total = sum(change.pages for change in found)
     if as_json:
         files = [change.told() for change in found]
@@ -52,9 +53,8 @@ def diff(old: str, new: str, with_pages: bool, content: bool, as_json: bool) -> 
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     for number, (amount, state, name) in enumerate(rows):
         write_line(f"{amount.rjust(widths[0])}  {state.ljust(widths[1])}  {name}")
-        if with_pages and number < len(changed):
-            for run in changed[number].runs or ():
-                write_line(f"{'':{widths[0]}}  {_run(run, changed[number].address)}")
+        for line in _details(changed[number]) if number < len(changed) else ():
+            write_line(f"{'':{widths[0]}}  {line}")
 
 
 def _amount(change: Change) -> str:
@@ -72,9 +72,18 @@ def _files(count: int) -> str:
     return "1 file" if count == 1 else f"{count} files"
 
 
-def _run(run: list[int], address: int | None) -> str:
-    first, stop = run
-    pages = f"page {first}" if stop == first + 1 else f"pages {first}-{stop - 1}"
-    if address is None:
-        return pages
-    return f"{pages}, guest-physical {address + first * PAGE:#x}-{address + stop * PAGE - 1:#x}"
+def _details(change: Change) -> Iterator[str]:
+    """Where in the guest's memory that is, of a file that lies at more than one place; then the pages."""
+    if len(change.places) > 1:
+        for place, count in change.places:
+            yield f"{human(count * PAGE)} at guest-physical {_span(place.gpa, place.gpa + place.size)}"
+    for run in change.runs or ():
+        first, stop = run
+        line = f"page {first}" if stop == first + 1 else f"pages {first}-{stop - 1}"
+        spans = [place.of(run) for place, _ in change.places]
+        where = ", ".join(_span(*span) for span in spans if span[0] < span[1])
+        yield f"{line}, guest-physical {where}" if where else line
+
+
+def _span(start: int, stop: int) -> str:
+    return f"{start:#x}-{stop - 1:#x}"

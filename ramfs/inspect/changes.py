@@ -35,7 +35,7 @@ from ramfs.units import LOST, PAGE, PAGE_SHIFT, ZERO, InodeNumber, LayerId, page
 _SLICE: Final = 1 << 18
 #: Runs told in one answer: an attribute has 64 KiB at most, and a page number here 10 digits.
 _RUNS: Final = 2500
-_QUESTION: Final = re.compile(rb"user\.ramfs\.changed\.(\d{1,19})(\.content)?(?:\.(\d{1,11}))?")
+_QUESTION: Final = re.compile(rb"user\.ramfs\.changed\.(\d{1,19})(\.content)?(?:\.(\d{1,11})(?:-(\d{1,11}))?)?")
 #: How often it is begun anew when layers change meanwhile.
 _ATTEMPTS: Final = 10
 
@@ -125,8 +125,8 @@ class Comparison:
         pages_path = None if base.presence else layers.path(base.id)
         return LayerPlace(pages_path, layers.path(base.id, "xxh3") if known else None, layer.shift)
 
-    def slices(self, start: int = 0) -> Iterator[tuple[int, Mask]]:
-        """Whether pages have changed, slice by slice, from page ``start`` on: the first page, and what is so.
+    def slices(self, start: int = 0, end: int | None = None) -> Iterator[tuple[int, Mask]]:
+        """Whether pages ``[start, end)`` have changed, slice by slice: the first page, and what is so.
 
         Raises Moved, StoreDamaged, OSError.
         """
@@ -137,6 +137,7 @@ class Comparison:
             mine, theirs = opened
             used = [each.used() for each in opened]
             total = max(pages(each.size) for each in opened)
+            total = total if end is None else min(end, total)
             for number in range(start // _SLICE, -(-total // _SLICE)):
                 first, stop = max(start, number * _SLICE), min((number + 1) * _SLICE, total)
                 if any(number < len(each) and each[number] for each in used):
@@ -213,13 +214,15 @@ class Comparison:
 
 
 class Question(NamedTuple):
-    """What is asked by the name of the attribute: ``user.ramfs.changed.INO[.content][.FIRST]``."""
+    """What is asked by the name of the attribute: ``user.ramfs.changed.INO[.content][.FIRST[-STOP]]``."""
 
     ino: InodeNumber
     """of the file that it is compared with"""
     content: bool
     first: int | None
     """tell the runs of pages that changed from here on, some thousand of them; None: how many there are in all"""
+    stop: int | None
+    """or how many there are from the first one up to here"""
 
 
 def parse_question(name: bytes) -> Question | None:
@@ -227,7 +230,8 @@ def parse_question(name: bytes) -> Question | None:
     match = _QUESTION.fullmatch(name)
     if match is None:
         return None
-    return Question(InodeNumber(int(match[1])), bool(match[2]), None if match[3] is None else int(match[3]))
+    first, stop = (None if number is None else int(number) for number in match.groups()[2:])
+    return Question(InodeNumber(int(match[1])), bool(match[2]), first, stop)
 
 
 async def answer(mine: Image, theirs: Image, layers: Layers, question: Question) -> bytes:
@@ -237,14 +241,15 @@ async def answer(mine: Image, theirs: Image, layers: Layers, question: Question)
             image.refresh()
         comparison = Comparison(mine, theirs, layers, content=question.content)
         with contextlib.suppress(Moved):
-            told = await trio.to_thread.run_sync(_told, comparison, question.first)
+            told = await trio.to_thread.run_sync(_told, comparison, question.first, question.stop)
             return json.dumps(told, separators=(",", ":")).encode()
     raise StoreDamaged("layers are missing; run `ramfs fsck` on the store")
 
 
-def _told(comparison: Comparison, start: int | None) -> dict[str, object]:
-    if start is None:
-        return {"changed": sum(int(np.count_nonzero(found)) for _, found in comparison.slices())}
+def _told(comparison: Comparison, start: int | None, stop: int | None) -> dict[str, object]:
+    if start is None or stop is not None:
+        slices = comparison.slices(start or 0, stop)
+        return {"changed": sum(int(np.count_nonzero(found)) for _, found in slices)}
     runs: list[list[int]] = []
     for first, found in comparison.slices(start):
         for a, b in runs_of(found):

@@ -26,7 +26,7 @@ import xxhash
 
 from ramfs.errors import FileError, SourceCorrupt
 from ramfs.store.files import copy_range, punch_hole, write_all
-from ramfs.transfer.stream import Begin, Decoder, Entry, Pages, Run, Token, Zeros
+from ramfs.transfer.stream import LAYOUT, Begin, Decoder, Entry, Pages, Run, Token, Zeros
 from ramfs.units import PAGE_SHIFT
 
 #: Bytes of ``state``.
@@ -314,6 +314,8 @@ class Receiving:
             path = self._place(entry)
             if entry.kind == "hardlink":
                 continue
+            if entry.kind == "dir":
+                _set_layout(path, entry.layout)
             if root:
                 os.chown(path, entry.uid, entry.gid, follow_symlinks=False)
             for name, value in entry.xattrs:
@@ -356,6 +358,23 @@ class Receiving:
         try:
             os.fsync(fd)
         finally:
+            os.close(fd)
+
+
+def _set_layout(directory: str, layout: str) -> None:
+    """Let a directory have this layout, or if it is empty none that it was told: what files of the base had is gone."""
+    path = os.path.join(directory, LAYOUT)
+    if not layout:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        return
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        # One whose files have become shorter since is refused: then names and sizes tell it.
+        with contextlib.suppress(OSError):
+            os.write(fd, layout.encode("utf-8", "surrogateescape"))
+    finally:
+        with contextlib.suppress(OSError):
             os.close(fd)
 
 

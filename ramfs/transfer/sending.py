@@ -6,6 +6,7 @@ sent, and nothing is hashed. The same snapshots make the same records, so what w
 
 import contextlib
 import errno
+import json
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from ramfs.image.digest import KNOWN_LOST
 from ramfs.image.table import Mask, runs_of
 from ramfs.source.file import FileDirectory
 from ramfs.source.manifest import HEAD, NAME, Digests, Manifest, fetch_manifest, identity_of
-from ramfs.transfer.stream import MAX_PAGES, MAX_RUNS, Begin, Encoder, Entry, Run
+from ramfs.transfer.stream import LAYOUT, MAX_PAGES, MAX_RUNS, Begin, Encoder, Entry, Run
 from ramfs.units import PAGE_SHIFT
 
 _KINDS: Final = {
@@ -90,9 +91,20 @@ def list_tree(top: str) -> list[Entry]:
                 way, kind, *values, told.st_size if kind == "file" else 0,
                 os.readlink(path) if kind == "symlink" else "", told.st_rdev,
                 tuple((name, os.getxattr(path, name, follow_symlinks=False)) for name in attributes),
+                _layout(path) if kind == "dir" else "",
             )
         )  # fmt: skip
     return found
+
+
+def _layout(directory: str) -> str:
+    """What a directory was told of where its files lie in the guest's memory; empty if names and sizes tell it."""
+    try:
+        with open(os.path.join(directory, LAYOUT), encoding="utf-8") as file:
+            text = file.read()
+    except FileNotFoundError:
+        return ""
+    return "" if json.loads(text)["derived"] else text
 
 
 @dataclass(frozen=True, slots=True)

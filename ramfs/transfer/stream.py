@@ -44,6 +44,8 @@ PRELUDE: Final = struct.Struct("<8sII")
 _HEAD: Final = struct.Struct("<IIQ16s")
 _RUNS: Final = struct.Struct("<II")
 _RUN: Final = struct.Struct("<QQ")
+#: Where a directory has its layout.
+LAYOUT: Final = ".guest/layout.json"
 #: Of the text of a token that is told to people.
 _TOKEN: Final = "ramfs1-"
 
@@ -97,6 +99,8 @@ class Entry(NamedTuple):
     """of a symlink; of a hardlink the path of an earlier file"""
     rdev: int = 0
     xattrs: tuple[tuple[str, bytes], ...] = ()
+    layout: str = ""
+    """of a directory: its ``.guest/layout.json``, if it was told one"""
 
 
 class Pages(NamedTuple):
@@ -352,7 +356,7 @@ class Decoder:
         entry = Entry(
             _string(told, "path"), _string(told, "kind"), *numbers, _number(told, "mtime", -(1 << 63)),
             _number(told, "size", 0, MAX_FILE_SIZE), _string(told, "target"), _number(told, "rdev"),
-            tuple(_attribute(pair) for pair in xattrs),
+            tuple(_attribute(pair) for pair in xattrs), _string(told, "layout"),
         )  # fmt: skip
         self._check_entry(entry)
         self._paths[entry.path] = entry.kind
@@ -369,7 +373,11 @@ class Decoder:
             above = entry.path.rpartition("/")[0]
             parts = path.split(b"/")
             fit = (
-                fit and is_path(path) and len(path) <= MAX_PATH and b".snap" not in parts and known.get(above) == "dir"
+                fit
+                and is_path(path)
+                and len(path) <= MAX_PATH
+                and not {b".snap", b".guest"} & set(parts)
+                and known.get(above) == "dir"
             )
         if entry.kind == "hardlink":
             fit = fit and known.get(entry.target) == "file"

@@ -208,7 +208,36 @@ def test_diff_text(mounted: Mount) -> None:
     ]
     one = json.loads(run("diff", "--json", vm / ".snap/a/pc.ram@0x100000", vm / "pc.ram@0x100000").ok())
     assert one["changed"] == 3
-    assert one["files"][0]["guest_physical"] == 0x100000
+    assert one["files"][0]["guest_physical"] == [{"gpa": 0x100000, "size": 1 << 20, "offset": 0, "changed": 3}]
+
+
+def test_diff_tells_where_in_the_guest_that_is(mounted: Mount) -> None:
+    vm = mounted.path / "vm"
+    vm.mkdir()
+    (vm / "ram").write_bytes(unique(256))
+    ranges = [
+        {"gpa": "0x0", "size": "0x40000", "file": "ram"},
+        {"gpa": "0x100000000", "size": "0xb0000", "file": "ram", "offset": "0x40000"},
+    ]
+    (vm / ".guest/layout.json").write_text(json.dumps({"ranges": ranges}))
+    (vm / ".snap/a").mkdir()
+    with open(vm / "ram", "r+b") as file:
+        for first, stop in ((10, 12), (60, 68), (250, 251)):  # the last is in no range
+            os.pwrite(file.fileno(), unique(stop - first), first * PAGE)
+    for options in ((), ("--pages",)):
+        file = json.loads(run("diff", "--json", *options, vm / ".snap/a", vm).ok())["files"][0]
+        assert file["changed"] == 11
+        assert [(each["gpa"], each["changed"]) for each in file["guest_physical"]] == [(0, 6), (1 << 32, 4)]
+    lines = [line.strip() for line in run("diff", "--pages", vm / ".snap/a/ram", vm / "ram").ok().splitlines()]
+    assert lines == [
+        "44.0 KiB  of 1.0 MiB  ram",
+        "24.0 KiB at guest-physical 0x0-0x3ffff",
+        "16.0 KiB at guest-physical 0x100000000-0x1000affff",
+        "pages 10-11, guest-physical 0xa000-0xbfff",
+        "pages 60-67, guest-physical 0x3c000-0x3ffff, 0x100000000-0x100003fff",
+        "page 250",
+        "44.0 KiB  11 pages    changed in all; 0 files as before",
+    ]
 
 
 def test_what_cannot_be_compared(mounted: Mount, tmp_path: Path) -> None:

@@ -119,6 +119,8 @@ def test_all_of_it_comes_along(here: Path, there: Path) -> None:
     (vm / "suid").chmod(0o6755)
     (vm / "sub").chmod(0o500)
     os.utime(vm / "sub", ns=(1, 10**18 + 7))
+    ranges = [{"gpa": "0x7000", "size": "0x5000", "file": "pc.ram@0x0", "offset": "0x1000"}]
+    (vm / ".guest/layout.json").write_text(json.dumps({"ranges": ranges, "machine": "pc"}))
     one = snap(vm, "one")
     stream = sent(one)
     assert len(stream) < (600 + 5) * (PAGE + 16) + 20_000  # no zeros
@@ -132,6 +134,12 @@ def test_all_of_it_comes_along(here: Path, there: Path) -> None:
     same(vm, there / "vm")
     assert os.listdir(there) == ["vm"]
     assert os.listdir(there / "vm/.snap") == ["one"]
+    for top in (there / "vm", there / "vm/.snap/one"):
+        assert (top / ".guest/layout.json").read_text() == (one / ".guest/layout.json").read_text()
+    (vm / ".guest/layout.json").unlink()
+    piped(snap(vm, "two"), there / "vm", "-i", "one", receive=("--force",))
+    assert json.loads((there / "vm/.guest/layout.json").read_text())["derived"]
+    assert not json.loads((there / "vm/.snap/one/.guest/layout.json").read_text())["derived"]
     compressed = sent("--zstd", one)
     received(there / "again", compressed).ok()
     assert (there / "again/.snap/one/ramfs.manifest").read_bytes() == (one / "ramfs.manifest").read_bytes()
