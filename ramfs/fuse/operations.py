@@ -877,10 +877,10 @@ class Operations(pyfuse3.Operations):
     async def _open_view(self, ino: InodeNumber, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         with self._waiting.of(ctx.pid):
             view = await self.views.open(ino)
+        keeps = self.views.keeps(view)
         handle = HandleId(next(self._numbers))
         self._note_open(handle, ino, False, OPENER.pack(ctx.uid, ctx.gid, ctx.pid, 0, 0) + view.view.pack())
         self._files[handle] = VirtualHandle(handle, ino, b"", ctx.uid, ctx.gid, ctx.pid, view=view)
-        keeps = self.views.keeps(ino, view)
         return pyfuse3.FileInfo(fh=handle, direct_io=not keeps, keep_cache=keeps and not view.view.head)
 
     def _write_layout(self, file: VirtualHandle, offset: int, data: bytes) -> int:

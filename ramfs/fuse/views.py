@@ -334,11 +334,13 @@ class Views:
             inode.views -= 1
             self._namespace.let_go(inode)
 
-    def keeps(self, ino: int, opened: OpenView) -> bool:
+    def keeps(self, opened: OpenView) -> bool:
         """May the kernel keep what it has read of a view? It never changes, then, and all of it is here."""
-        images = [inode.image for inode in opened.files.values() if inode.image is not None]
         arriving = self._pager.layers.arriving
-        return self.directory(ino).frozen and all(arriving.isdisjoint(image.layers) for image in images)
+        return all(
+            inode.frozen and (inode.image is None or arriving.isdisjoint(inode.image.layers))
+            for inode in opened.files.values()
+        )
 
     # -- reading
 
@@ -437,10 +439,11 @@ class Views:
             await self._write_back(inode, 0, image.size)
         image.refresh()
         stored = Stored(image, self._pager.layers)
+        runs = (run for low, high in vmcoreinfo.likely_first(image.pages) for run in stored.runs(low, high))
 
         def look() -> int | None:
             try:
-                return vmcoreinfo.search(vmcoreinfo.likely_first(stored.runs()), stored.read)
+                return vmcoreinfo.search(runs, stored.read)
             finally:
                 stored.close()
 

@@ -6,7 +6,7 @@ never moves it. So it is found by the first bytes of pages, and once found it is
 """
 
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 import numpy as np
@@ -28,7 +28,7 @@ AT_ONCE: Final = 256
 #: The most that is looked at for a note, in pages.
 MOST: Final = 1 << 19
 #: Pages at either end of the memory where it is most likely: a kernel that boots takes memory from there.
-_ENDS: Final = 1 << 16
+_PART: Final = 1 << 16
 
 
 def note_in(data: bytes) -> bytes:
@@ -52,16 +52,14 @@ def pages_with_note(data: bytes | memoryview) -> list[int]:
     return [int(page) for page in np.flatnonzero(same.all(axis=1))]
 
 
-def likely_first(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Runs of pages ``[first, stop)`` in the order in which they are worth looking at, cut as need be."""
-    runs = list(runs)
-    last = max((stop for _, stop in runs), default=0)
-    high = max(last - _ENDS, 0)
-    low = min(_ENDS, high)
-    found: list[tuple[int, int]] = []
-    for begin, end, step in ((high, last, 1), (0, low, 1), (low, high, -1)):
-        found += [(max(a, begin), min(b, end)) for a, b in runs[::step] if a < end and b > begin]
-    return found
+def likely_first(pages: int) -> Iterator[tuple[int, int]]:
+    """All of that many pages, as ranges ``[first, stop)`` in the order in which they are worth looking at."""
+    high = max(pages - _PART, 0)
+    low = min(_PART, high)
+    yield high, pages
+    yield 0, low
+    for stop in range(high, low, -_PART):
+        yield max(stop - _PART, low), stop
 
 
 def search(runs: Iterable[tuple[int, int]], read: Callable[[int, int], bytes]) -> int | None:

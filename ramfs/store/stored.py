@@ -12,7 +12,7 @@ from ramfs.store.files import data_extents
 from ramfs.store.images import Image
 from ramfs.store.layers import Layers
 from ramfs.store.presence import STORED
-from ramfs.units import PAGE_SHIFT, ZERO, LayerId
+from ramfs.units import PAGE_SHIFT, ZERO, LayerId, pages
 
 #: Entry of a page that is not here, in a copy of a table.
 _SKIPPED: Final = ZERO
@@ -47,15 +47,18 @@ class Stored:
             layer = layers.by_id[number]
             self._places[number] = layers.path(layer.base), layer.shift
 
-    def runs(self) -> Iterator[tuple[int, int]]:
-        """Runs of pages ``[first, stop)``; each lies in one file."""
+    def runs(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Runs of stored pages within ``[first, stop)``; each lies in one file."""
         if self._direct is not None:
-            for start, stop in data_extents(self._file(self._direct)):
-                yield start >> PAGE_SHIFT, (stop - 1 >> PAGE_SHIFT) + 1
+            for start, end in data_extents(self._file(self._direct), first << PAGE_SHIFT):
+                if start >> PAGE_SHIFT >= stop:
+                    return
+                yield start >> PAGE_SHIFT, min(pages(end), stop)
         for low, entries in self._parts:
-            for a, b, number in equal_runs(entries):
+            start, end = max(low, first), min(low + len(entries), stop)
+            for a, b, number in equal_runs(entries[start - low : end - low]) if start < end else ():
                 if number != ZERO and number in self._places:
-                    yield low + a, low + b
+                    yield start + a, start + b
 
     def read(self, offset: int, length: int) -> bytes:
         """Bytes of one run, or of what lies behind it in its file. Raises OSError."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -122,18 +122,12 @@ def test_a_note_is_found_and_what_only_looks_like_one_is_not() -> None:
     assert sum(length for _, length in reads) == MOST * PAGE
 
 
-@given(st.lists(st.integers(1, 1 << 15), max_size=12))
-def test_all_is_looked_at_once_the_ends_first(steps: list[int]) -> None:
-    edges = np.cumsum(steps).tolist()
-    runs = list(zip(edges[::2], edges[1::2], strict=False))
-    ordered = likely_first(iter(runs))
-
-    def pages(which: list[tuple[int, int]]) -> Iterator[int]:
-        return (page for first, stop in which for page in range(first, stop))
-
-    assert sorted(pages(ordered)) == list(pages(runs))
-    if runs:
-        assert ordered[0][0] >= runs[-1][1] - (1 << 16)
+@pytest.mark.parametrize("pages", [0, 1, 5000, 1 << 16, (1 << 16) + 1, 1 << 17, (1 << 18) + 77])
+def test_all_is_looked_at_once_the_ends_first(pages: int) -> None:
+    ranges = list(likely_first(pages))
+    assert ranges[0] == (max(pages - (1 << 16), 0), pages)
+    assert max(stop - first for first, stop in ranges) <= 1 << 16
+    assert sorted(page for first, stop in ranges for page in range(first, stop)) == list(range(pages))
 
 
 def test_pieces_are_found_far_away() -> None:
