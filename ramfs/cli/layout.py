@@ -4,75 +4,23 @@ import asyncio
 import errno
 import json
 import os
-import stat
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import click
 
 from ramfs import qmp
+from ramfs.cli._layouts import ask, files_of, path_of, store
 from ramfs.cli._mounts import locate
 from ramfs.cli._text import human, printable, write_line
 from ramfs.errors import FileError, UsageError
-from ramfs.inspect.layout import MAX_TEXT, Layout, parse, to_text
-from ramfs.inspect.memorymap import layout_of
+from ramfs.inspect.layout import MAX_TEXT, Layout, parse
 
 
-def _files(directory: str) -> dict[bytes, int]:
-    """The regular files of a directory by name, with their sizes."""
-    with os.scandir(os.fsencode(directory)) as entries:
-        told = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
-    return {name: status.st_size for name, status in told if stat.S_ISREG(status.st_mode)}
-
-
-@dataclass(frozen=True)
-class _Told:
-    """What QEMU says of its memory."""
-
-    mtree: str
-    ramblock: str
-    paths: dict[str, str]
-    """of memory backends that are files, by their ids"""
-    machine: str
-    pid: int | None
-
-
-async def _ask(socket: str) -> _Told:
-    """Raises QmpError."""
+async def _ask(socket: str, directory: str) -> Layout:
     async with qmp.connect(socket) as guest:
-
-        async def asked(path: str, name: str) -> str:
-            return str(await guest.execute("qom-get", {"path": path, "property": name}))
-
-        objects = [each["name"] for each in await guest.execute("qom-list", {"path": "/objects"}) if _is_backend(each)]
-        paths = {name: await asked(f"/objects/{name}", "mem-path") for name in objects}
-        machine = (await asked("/machine", "type")).removesuffix("-machine")
-        return _Told(
-            await guest.monitor("info mtree -f"), await guest.monitor("info ramblock"), paths, machine, guest.peer()
-        )
-
-
-def _is_backend(child: dict[str, str]) -> bool:
-    return child["type"] == "child<memory-backend-file>"
-
-
-def _layout_of(told: _Told, directory: str, socket: str) -> Layout:
-    """The layout of a directory, as QEMU tells it. Raises QmpError, FileError."""
-    files, here = _files(directory), os.path.realpath(directory)
-    backends: dict[bytes, bytes] = {}
-    for name, path in told.paths.items():
-        # One that is relative is so to where QEMU runs.
-        where, file = os.path.split(os.path.realpath(os.path.join(f"/proc/{told.pid}/cwd", path)))
-        if where == here and os.fsencode(file) in files:
-            for block in (name, f"/objects/{name}"):
-                backends[block.encode()] = os.fsencode(file)
-    layout = layout_of(told.mtree, told.ramblock, backends, files, told.machine)
-    if not layout.ranges:
-        raise FileError(
-            errno.EINVAL, f"no RAM of the guest at {socket} is in a file of {directory}: start it with its memory there"
-        )
-    return layout
+        told = await ask(guest)
+    return told.layout(directory, socket)
 
 
 def _read(source: str) -> bytes:
@@ -81,23 +29,6 @@ def _read(source: str) -> bytes:
     if len(text) > MAX_TEXT:
         raise FileError(errno.EFBIG, f"{source} is longer than any layout: at most {MAX_TEXT} bytes")
     return text
-
-
-def _store(directory: str, layout: Layout) -> None:
-    path = os.path.join(directory, ".guest", "layout.json")
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            os.write(fd, to_text(layout))
-        finally:
-            os.close(fd)
-    except OSError as exc:
-        if exc.errno == errno.EROFS:
-            raise FileError(
-                errno.EROFS,
-                f"{directory} is frozen, or links to frozen files, and keeps its layout: set that of a clone",
-            ) from None
-        raise
 
 
 @click.command("layout")
@@ -119,15 +50,15 @@ def layout(directory: str, socket: str | None, source: str | None, derive: bool,
     locate(directory)
     if not os.path.isdir(directory):
         raise FileError(errno.ENOTDIR, f"{directory} is not a directory: a guest's memory is all files of one")
-    path = os.path.join(directory, ".guest", "layout.json")
+    path = path_of(directory)
     if socket is not None:
-        _store(directory, _layout_of(asyncio.run(_ask(socket)), directory, socket))
+        store(directory, asyncio.run(_ask(socket, directory)))
     elif source is not None:
         try:
-            made = parse(_read(source), _files(directory))
+            made = parse(_read(source), files_of(directory))
         except FileError as exc:
             raise FileError(exc.errno, f"{source} is no layout for {directory}: {exc}") from None
-        _store(directory, made)
+        store(directory, made)
     elif derive:
         os.unlink(path)
     with open(path, "rb", buffering=0) as file:

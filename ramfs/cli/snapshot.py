@@ -30,6 +30,7 @@ import click
 
 from ramfs import qmp
 from ramfs.cli._flush import Round, flush, in_thread, regular_files, rounds
+from ramfs.cli._layouts import ask, is_derived, store
 from ramfs.cli._stopping import (
     TEMPORARY,
     Signals,
@@ -103,6 +104,7 @@ class Snapshot:
             was_running = await guest.running()
             if was_running:
                 await self._flush_in_rounds()
+            await self._learn_layout(guest, socket)
             with self.signals.held():
                 await in_thread(lambda: sweep(self.directory))
                 fd, temporary = await in_thread(lambda: temporary_file(self.directory))
@@ -121,6 +123,13 @@ class Snapshot:
         await guest.require_ignore_shared()
         pid = guest.peer()
         await in_thread(lambda: self._look_at_memory(pid))
+
+    async def _learn_layout(self, guest: qmp.Qmp, socket: str) -> None:
+        """Where the guest's memory lies, for those who look into it, unless the directory knows that."""
+        with contextlib.suppress(QmpError, FileError, OSError):  # it is no part of the snapshot
+            if await in_thread(lambda: is_derived(self.directory)):
+                told = await ask(guest)
+                await in_thread(lambda: store(self.directory, told.layout(self.directory, socket)))
 
     async def _save_and_freeze(self, guest: qmp.Qmp, fd: int, temporary: str) -> None:
         self._done(await flush(self.directory, running=False))

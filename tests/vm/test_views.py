@@ -149,7 +149,11 @@ def test_a_guest_is_seen_as_it_is(lab: Lab) -> None:
     """Live, stopped in the middle of what it does: each page is as the guest has it, though nobody has flushed it."""
     directory = lab.directory("base")
     guest = lab.boot(directory / "ram")
+    snapshot(directory, "first", guest.socket)
+    first = layout(directory / ".snap/first")
+    assert (first["derived"], first["machine"][:3]) == (False, "pc-")
     told = layout(directory, "--qmp", guest.socket)
+    assert places(told) == places(first)
     assert sum(size for _, size, _, _ in places(told)) > 127 * MIB
     physmem, vmcore = directory / ".guest/physmem", directory / ".guest/vmcore"
     release = guest_release(physmem)
