@@ -256,10 +256,10 @@ def test_of_one_that_arrives(scene: Scene) -> None:
             for words in FRUGAL:
                 CHECKS[words](scene.run(recipe(words), here), scene)
             (pull,) = status(scene.mount.path)["pulls"]
-            assert PAGE < pull["fetched_bytes"] < RAM // 16, pull
+            assert PAGE < pull["fetched_bytes"] < 2 * MIB, pull
             assert ramfs("resume", here).returncode == 0
             eventually(lambda: not status(scene.mount.path)["pulls"], "all is here")
-            for words in ("UTS_RELEASE", "cmp "):
-                CHECKS[words](scene.run(recipe(words), here, fails=int(words == "cmp ")), scene)
+            # Now it finds VMCOREINFO by itself.
+            CHECKS["UTS_RELEASE"](scene.run(recipe("UTS_RELEASE"), here), scene)
         finally:
             subprocess.run(["rm", "-r", here], check=True)
