@@ -108,7 +108,9 @@ def read_ahead(
 ) -> tuple[Any, ...]:
     """Have the kernel read parts of a file that it has not got, in their order; the answer, when it has them.
 
-    It only ever adds pages to its cache, so what a guest stores meanwhile stays.
+    It only ever adds pages to its cache, so what a guest stores meanwhile stays. Each part is read from its end to its
+    beginning: a guest that faults in it has the kernel read the other way, so they meet once. Side by side each would
+    add some pages of every range, and ask for them in as many small requests.
     """
     with _same(mountpoint, device, ino, path) as fd:
         if fd >= 0:
@@ -116,10 +118,10 @@ def read_ahead(
             step = _ahead(device)
             under_way: list[tuple[int, int]] = []
             for offset, length in parts:
-                for at in range(offset, offset + length, step):
-                    count = min(step, offset + length - at)
-                    os.posix_fadvise(fd, at, count, os.POSIX_FADV_WILLNEED)
-                    under_way.append((at, count))
+                for end in range(offset + length, offset, -step):
+                    at = max(offset, end - step)
+                    os.posix_fadvise(fd, at, end - at, os.POSIX_FADV_WILLNEED)
+                    under_way.append((at, end - at))
                     while sum(count for _, count in under_way[1:]) > _UNDER_WAY:
                         os.pread(fd, 1, sum(under_way.pop(0)) - 1)  # waits for its last page
             if under_way:

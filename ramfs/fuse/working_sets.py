@@ -16,6 +16,7 @@ import logging
 import sqlite3
 import stat
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -42,10 +43,10 @@ _WINDOW: Final = 10.0
 _MOST_NOTES: Final = 1 << 14
 #: Bytes of a file that is worth it: smaller ones are no memory of a guest.
 _LEAST: Final = 1 << 20
-#: Pages that are read ahead in one go (64 MiB), for which the mount is in use by us; of what arrives fewer, so that it
-#: is read soon after it came.
-_AT_ONCE: Final = 1 << 14
-_ARRIVING: Final = 1 << 11
+#: Pages that are read ahead in one go (8 MiB), and how often that is done, if they have arrived, before we look again
+#: whether it is still of use; the mount is in use by us meanwhile.
+_AT_ONCE: Final = 1 << 11
+_IN_A_ROW: Final = 4
 #: Seconds between two looks whether pages have arrived, at first and at most.
 _SOON: Final = 0.01
 _LATER: Final = 1.0
@@ -157,10 +158,14 @@ class WorkingSets:
         """Have the kernel read what the user of a file will ask for."""
         with scope:
             try:
-                arriving = not self._pager.layers.arriving.isdisjoint(image.layers)
-                for runs in batches(known, image.size, _ARRIVING if arriving else _AT_ONCE):
-                    parts = [(a << PAGE_SHIFT, (b - a) << PAGE_SHIFT) for a, b in runs]
-                    await self._here(image, parts)
+                left = deque(batches(known, image.size, _AT_ONCE))
+                while left:
+                    await self._here(image, left[0])
+                    parts: list[tuple[int, int]] = []
+                    for _ in range(_IN_A_ROW):
+                        if left and self._is_here(image, left[0]):
+                            runs = left.popleft()
+                            parts += [(a << PAGE_SHIFT, (b - a) << PAGE_SHIFT) for a, b in reversed(runs)]
                     for _ in range(_ATTEMPTS):
                         if await self._flusher.read_ahead(ino, self._namespace.path_of(ino), parts):
                             break
@@ -169,10 +174,14 @@ class WorkingSets:
             except Exception as exc:  # noqa: BLE001  (it is help, and nothing more)
                 log.info("inode %d: its working set is not read ahead: %s", ino, exc)
 
-    async def _here(self, image: Image, parts: list[tuple[int, int]]) -> None:
-        """Return when parts of an image have arrived. They come in the same order, unless somebody has paused that."""
+    def _is_here(self, image: Image, runs: list[tuple[int, int]]) -> bool:
+        """Have pages of an image arrived?"""
+        return not any(self._pager.absent(image, a << PAGE_SHIFT, (b - a) << PAGE_SHIFT) for a, b in runs)
+
+    async def _here(self, image: Image, runs: list[tuple[int, int]]) -> None:
+        """Return when pages of an image have arrived. They come in the same order, unless somebody has paused that."""
         pause = _SOON
-        while any(self._pager.absent(image, *part) for part in parts):
+        while not self._is_here(image, runs):
             await trio.sleep(pause)
             pause = min(2 * pause, _LATER)
 
