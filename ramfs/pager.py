@@ -10,7 +10,8 @@ the old entry or the new one, never an entry without its page.
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import Final, TypeVar
 
 import numpy as np
@@ -39,6 +40,8 @@ T = TypeVar("T")
 COPY_AT_ONCE: Final = 8 << 20
 #: Pages that become a hole in one go: 64 MiB, for which a tmpfs needs 15 ms.
 _ZERO_AT_ONCE: Final = 1 << 14
+#: Pages that the first and the last of many short runs are apart, at most, if their entries are changed together.
+_CLOSE: Final = 1 << 14
 #: Table entries that are looked at, or set, in one go: about a millisecond.
 ENTRIES_AT_ONCE: Final = 1 << 18
 #: Bytes of a direct image that are worth a layer of their own when they are copied from it; fewer are copied.
@@ -145,6 +148,48 @@ class Pager:
         image.size = max(image.size, offset + length)
         image.touch()
         return length
+
+    def write_runs(self, image: Image, runs: Sequence[tuple[int, int]], data: Buffer) -> None:
+        """Write runs of whole pages ``(offset, length)`` within the file, whose bytes lie one behind the other.
+
+        Raises FileError (EINVAL where they are not so), and OSError, with some of the runs written.
+        """
+        self._check_writable(image, 0)
+        if not runs or sum(length for _, length in runs) != len(data):
+            raise FileError(errno.EINVAL)
+        if any((offset | length) % PAGE or offset + length > image.size or length == 0 for offset, length in runs):
+            raise FileError(errno.EINVAL)
+        view = memoryview(data)
+        ends = list(accumulate(length for _, length in runs))
+        parts = [(offset, view[end - length : end]) for (offset, length), end in zip(runs, ends, strict=True)]
+        if image.direct is not None:
+            for offset, part in parts:
+                direct.write(image, offset, part)
+            return
+        if not self._write_close(image, parts, data):
+            for offset, part in parts:
+                self._write_pages(image, offset >> PAGE_SHIFT, (offset + len(part)) >> PAGE_SHIFT, part)
+        image.touch()
+
+    def _write_close(self, image: Image, parts: list[tuple[int, memoryview]], data: Buffer) -> bool:
+        """Write parts of whole pages, near each other and none of them zeros, with one change of the table.
+
+        False if they are not so, and nothing was done.
+        """
+        first = min(offset for offset, _ in parts) >> PAGE_SHIFT
+        stop = max(offset + len(part) for offset, part in parts) >> PAGE_SHIFT
+        if stop - first > _CLOSE or not nonzero_pages(data).all():
+            return False
+        live = self.images.live_layer(image)
+        self.images.unsynced.add(live.id)
+        file = self.layers.file(live)
+        entries = image.table.entries[first:stop].copy()
+        for offset, part in parts:
+            file.write(offset, part)
+            page = (offset >> PAGE_SHIFT) - first
+            entries[page : page + (len(part) >> PAGE_SHIFT)] = live.id
+        self.set_entries(image, first, stop, entries)
+        return True
 
     def _check_ragged(self, image: Image, start: int, stop: int) -> None:
         """Before bytes ``[start, stop)`` change: the rest of their first and last page must be here. Raises Absent."""
@@ -296,10 +341,11 @@ class Pager:
             raise
 
     def _note_replaced(self, image: Image, old: Entries) -> None:
-        if len(old) == 1:
-            lost = {LayerId(int(old[0]))}
-        elif not old.any():
-            return
+        first = old[0]
+        if (old == first).all():  # usual; and sorting costs more than all else of a small write
+            if first == ZERO:
+                return
+            lost = {LayerId(int(first))}
         else:
             lost = {LayerId(n) for n in np.unique(old).tolist()}
         lost.discard(ZERO)

@@ -21,7 +21,7 @@ from typing import Final
 import numpy as np
 
 from ramfs import qmp
-from ramfs.cli._private import Process, copy_pages
+from ramfs.cli._private import Process, Ranges, copy_pages
 from ramfs.errors import QmpError
 from ramfs.image.pages import nonzero_pages
 from ramfs.inspect.memorymap import flat_view
@@ -119,8 +119,8 @@ class Devices:
         for block in self._blocks:
             ram = bytearray(block.size)
 
-            def put(at: int, data: memoryview, ram: bytearray = ram) -> None:
-                ram[at : at + len(data)] = data
+            def put(ranges: Ranges, data: memoryview, ram: bytearray = ram) -> None:
+                ram[int(ranges[0, 0]) : int(ranges[-1, 1])] = data  # one range, in pieces
 
             ranges = np.array([[block.address, block.address + block.size]], np.uint64)
             copy_pages(self._process, [(-block.address, ranges)], put)

@@ -290,17 +290,16 @@ def batches(ranges: Ranges) -> Iterator[Ranges]:
         first = last
 
 
-def copy_pages(process: Process, parts: Iterable[tuple[int, Ranges]], put: Callable[[int, memoryview], None]) -> None:
-    """Hand over what memory holds: for ``(shift, ranges)`` the bytes at each address, with ``address + shift``.
+def copy_pages(
+    process: Process, parts: Iterable[tuple[int, Ranges]], put: Callable[[Ranges, memoryview], None]
+) -> None:
+    """Hand over what memory holds: for ``(shift, ranges)`` the ranges, each ``shift`` higher, and their bytes.
 
-    Raises FileError.
+    Long ranges come in pieces, and as many at a time as the buffer holds. Raises FileError.
     """
     buffer = mmap.mmap(-1, _BUFFER)
     for shift, ranges in parts:
         for batch in batches(ranges):
             with memoryview(buffer) as view:
-                process.read(batch, buffer)
-                at = 0
-                for start, stop in batch.tolist():
-                    put(start + shift, view[at : at + stop - start])
-                    at += stop - start
+                length = process.read(batch, buffer)
+                put((batch.astype(np.int64) + shift).astype(np.uint64), view[:length])

@@ -20,6 +20,7 @@ import array
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -34,6 +35,7 @@ import numpy as np
 from ramfs import qmp
 from ramfs.cli._devices import Devices
 from ramfs.cli._flush import in_thread, regular_files
+from ramfs.cli._mounts import locate
 from ramfs.cli._private import Mapping, Process, Ranges, copy_pages
 from ramfs.cli._stopping import (
     Signals,
@@ -53,10 +55,15 @@ from ramfs.cli._stopping import (
 )
 from ramfs.cli._text import printable
 from ramfs.errors import FileError, UsageError
+from ramfs.image.scatter import MAX_RUNS, pack
 from ramfs.store.files import write_all
 from ramfs.units import PAGE
 
 _TEMPORARY: Final = ".capture."
+
+#: Bytes from which on a range has a request of its own, and the most that go with others.
+_LONG: Final = 128 << 10
+_MESSAGE: Final = 960 << 10
 
 #: See ioctl_iflags(2): what the mount says of frozen files.
 _FS_IOC_GETFLAGS: Final = 0x80086601
@@ -105,9 +112,28 @@ class File:
     def __post_init__(self) -> None:
         self.captured = Captured(self.names[0])
 
-    def put(self, offset: int, data: memoryview) -> None:
-        """Write into the copy; its last page may end before the page does."""
-        write_all(self.fd, data[: self.status.st_size - offset], offset)
+    def put(self, ranges: Ranges, data: memoryview, control: int, way: bytes) -> None:
+        """Write ranges into the copy, which lies that way from the root of the mount.
+
+        By the daemon's ``control``, if there is a descriptor of that, many short ones at a time.
+        """
+        size, at, room = self.status.st_size, 0, _MESSAGE
+        runs: list[tuple[int, int]] = []
+        pieces: list[memoryview] = []
+        for start, stop in ranges.tolist():
+            piece = data[at : at + stop - start]
+            at += stop - start
+            if control < 0 or len(piece) >= _LONG or stop > size:  # the last page may end before the page does
+                write_all(self.fd, piece[: size - start], start)
+                continue
+            if len(runs) == MAX_RUNS or len(piece) > room:
+                os.pwrite(control, pack(way, runs, pieces), 0)
+                runs, pieces, room = [], [], _MESSAGE
+            runs.append((start, len(piece)))
+            pieces.append(piece)
+            room -= len(piece)
+        if runs:
+            os.pwrite(control, pack(way, runs, pieces), 0)
 
 
 class Capture:
@@ -121,6 +147,11 @@ class Capture:
         self.signals = Signals()
         self._files: list[File] = []
         self._state: tuple[int, str] | None = None
+        mount, self._way = locate(directory)
+        self._control = -1
+        # Only the mount's owner may; others write range by range.
+        with contextlib.suppress(OSError):
+            self._control = os.open(os.path.join(mount.mountpoint, ".ramfs/control"), os.O_WRONLY | os.O_CLOEXEC)
 
     async def by_signal(self) -> Report:
         """Stop the process with SIGSTOP meanwhile; there is no state."""
@@ -231,7 +262,9 @@ class Capture:
                 continue
             parts = list(self._parts(file))
             _check_apart(file.names[0], parts)
-            copy_pages(self.process, parts, file.put)
+            way = os.path.join(self._way, os.path.relpath(file.copies[0], self.directory))
+            put = functools.partial(file.put, control=self._control, way=os.fsencode(way))
+            copy_pages(self.process, parts, put)
             file.captured.ranges = sum(len(ranges) for _, ranges in parts)
             file.captured.pages = sum(int((ranges[:, 1] - ranges[:, 0]).sum()) for _, ranges in parts) // PAGE
         self.process.check_alive()
@@ -290,6 +323,8 @@ class Capture:
                 remove(spare)
 
     def _clear_up(self) -> None:
+        if self._control >= 0:
+            os.close(self._control)
         for file in self._files:
             if file.fd >= 0:
                 os.close(file.fd)

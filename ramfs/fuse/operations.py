@@ -36,6 +36,7 @@ from ramfs.fuse.pulling import Pulling, Steering
 from ramfs.fuse.views import OpenView, Views, is_layout, is_text, is_view, may_be_dirty
 from ramfs.fuse.waiting import Waiting
 from ramfs.fuse.working_sets import WorkingSets, is_working_set
+from ramfs.image import scatter
 from ramfs.inspect import changes, states
 from ramfs.inspect.counters import Counters
 from ramfs.inspect.generations import generation
@@ -313,7 +314,7 @@ class Operations(pyfuse3.Operations):
                 if is_layout(file.ino):
                     return self._write_layout(file, offset, bytes(data))
                 with request_of(self):
-                    return self._command(file, bytes(data))
+                    return self._command(file, data)
             counters = self.counters
             counters.writes += 1
             counters.written_bytes += len(data)
@@ -1103,11 +1104,18 @@ class Operations(pyfuse3.Operations):
 
     # -- control
 
-    def _command(self, file: VirtualHandle, command: bytes) -> int | None:
+    def _command(self, file: VirtualHandle, command: memoryview) -> int | None:
+        caller = Caller(file.uid, file.gid, file.pid, lambda: set(pyfuse3.get_sup_groups(file.pid)))
+        try:
+            scattered = scatter.parse(command) if file.ino == virtual.CONTROL else None
+        except ValueError:
+            raise FileError(errno.EINVAL) from None
+        if scattered is not None:
+            self._write_runs(*scattered, caller)
+            return len(command)
         if len(command) > virtual.MAX_COMMAND:
             raise FileError(errno.E2BIG)
-        parsed = virtual.parse(command)
-        caller = Caller(file.uid, file.gid, file.pid, lambda: set(pyfuse3.get_sup_groups(file.pid)))
+        parsed = virtual.parse(bytes(command))
         for name, make in (("flatten", self._flatten), ("pull", self._pull), ("arrival", self._steer)):
             if name in parsed:
                 if file.job is not None:
@@ -1124,6 +1132,17 @@ class Operations(pyfuse3.Operations):
             return None
         self._clone(*clone, caller)
         return len(command)
+
+    def _write_runs(self, path: bytes, runs: list[tuple[int, int]], pages: memoryview, caller: Caller) -> None:
+        """Runs of pages of a file, none of which the kernel has in its cache."""
+        with self.namespace.at(path, caller) as inode:
+            if not may(inode, caller, 2):
+                raise FileError(errno.EACCES)
+            if inode.image is None:
+                raise FileError(errno.EISDIR if inode.is_dir else errno.EINVAL)
+            self.counters.writes += 1
+            self.counters.written_bytes += len(pages)
+            self.pager.write_runs(inode.image, runs, pages)
 
     async def _clone_later(
         self, token: object, request: int, direct: list[ImageId], clone: tuple[bytes, bytes, bytes], caller: Caller,

@@ -8,8 +8,9 @@
     the same with {"sizes": {PATH: BYTES, ...}} instead of "uri": where that comes from is told later, by
     {"arrival": {"path": PATH, and any of "uri", "rate", "paused"}}
 
-All but the first go on while the file is open, and reading the file tells how far they are (jobs.py). Paths are
-relative to the root of the mount; bytes that are not UTF-8 are surrogate escapes, as os.fsdecode makes them.
+or runs of pages to be written into one file (image/scatter.py). All but these and the first go on while the file is
+open, and reading the file tells how far they are (jobs.py). Paths are relative to the root of the mount; bytes that are
+not UTF-8 are surrogate escapes, as os.fsdecode makes them.
 """
 
 import errno

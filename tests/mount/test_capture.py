@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import mmap
@@ -21,6 +22,7 @@ from harness import Mount
 
 from ramfs.cli._private import Process, batches, read_pagemap, scan
 from ramfs.errors import FileError
+from ramfs.image.scatter import pack
 
 PAGE = 4096
 
@@ -222,6 +224,47 @@ def test_both_ways_to_find_copied_pages_agree(tmp_path: Path) -> None:
     for each in (slow, *([] if fast is None else [fast])):  # None is a kernel that cannot
         found = [page for start, stop in each.tolist() for page in range(start // PAGE, stop // PAGE)]
         assert [page - mapping.start // PAGE for page in found] == chosen
+
+
+def test_many_runs_in_one_message(here: Path, shared: Mount) -> None:
+    template, _ = dense(here, 100)
+    way = os.fsencode(os.path.relpath(here / "vm" / "ram0", shared.path))
+    before, page = (here / "vm" / "ram0").read_bytes(), b"p" * PAGE
+    copy = here / "copy"
+    subprocess.run(["cp", here / "vm" / "ram0", copy], check=True)
+    fresh = os.fsencode(os.path.relpath(copy, shared.path))
+    control = os.open(shared.path / ".ramfs" / "control", os.O_WRONLY)
+
+    def refused(number: int, message: bytes) -> None:
+        with pytest.raises(OSError) as caught:  # noqa: PT011 - the number is what is looked at
+            os.pwrite(control, message, 0)
+        assert caught.value.errno == number, message[:40]
+
+    try:
+        good = pack(fresh, [(0, PAGE), (5 * PAGE, 3 * PAGE), (99 * PAGE, PAGE)], [page, bytes(PAGE), page * 2, page])
+        assert os.pwrite(control, good, 0) == len(good)
+        none_is_zero = pack(fresh, [(20 * PAGE, PAGE), (30 * PAGE, 2 * PAGE), (25 * PAGE, PAGE)], [page * 4])
+        assert os.pwrite(control, none_is_zero, 0) == len(none_is_zero)
+        refused(errno.EINVAL, pack(way, [], []))
+        refused(errno.EINVAL, pack(way, [(0, PAGE), (100 * PAGE, PAGE)], [page * 2]))
+        refused(errno.EINVAL, pack(way, [(1, PAGE)], [page]))
+        refused(errno.EINVAL, pack(way, [(0, PAGE)], [page * 2]))
+        refused(errno.EINVAL, pack(way, [(0, PAGE)] * 65, [page * 65]))
+        refused(errno.EINVAL, pack(way, [(0, PAGE)], [])[:30])
+        refused(errno.EINVAL, b"RAMFSRUN")
+        refused(errno.ENOENT, pack(way + b"x", [(0, PAGE)], [page]))
+        frozen = os.fsencode(os.path.relpath(template / "ram0", shared.path))
+        refused(errno.EROFS, pack(frozen, [(0, PAGE)], [page]))
+        refused(errno.EISDIR, pack(os.path.dirname(way), [(0, PAGE)], [page]))
+    finally:
+        os.close(control)
+    assert (here / "vm" / "ram0").read_bytes() == before
+    expected = bytearray(before)
+    for at, data in ((0, page), (5, bytes(PAGE) + page * 2), (20, page), (25, page), (30, page * 2), (99, page)):
+        expected[at * PAGE : at * PAGE + len(data)] = data
+    assert copy.read_bytes() == expected
+    counts = json.loads(os.getxattr(copy, "user.ramfs.pages"))
+    assert (counts["owned"], counts["shared"], counts["zero"]) == (8, 91, 1)
 
 
 def test_memory_that_cannot_be_read_is_told() -> None:

@@ -16,7 +16,11 @@ from .stats import Goal, Measure
 
 HERE, TMPFS = "by hand, to a file on the mount", "by hand, to tmpfs"
 #: Bytes of a run of pages that were written, and how far they are apart.
-LAYOUTS = {"in runs of 2 MiB": (2048 * KIB, 8192 * KIB), "in runs of 32 KiB": (32 * KIB, 128 * KIB)}
+LAYOUTS = {
+    "in runs of 2 MiB": (2048 * KIB, 8192 * KIB),
+    "in runs of 32 KiB": (32 * KIB, 128 * KIB),
+    "in runs of 8 KiB": (8 * KIB, 32 * KIB),
+}
 
 
 @contextmanager
