@@ -47,6 +47,9 @@ def send(snapshot: str | None, base: str | None, token_text: str | None, zstd: b
         raise UsageError("the stream is not for a terminal: redirect it, as in `ramfs send SNAPSHOT | ssh HOST ...`")
     if base is not None and "/" not in base:
         base = os.path.join(os.path.dirname(snapshot.rstrip("/")), base)
+    for path in (snapshot, base):
+        if path is not None:
+            _check_snapshot(path)
     began = time.monotonic()
     with vanishing(snapshot):
         told = _send(snapshot, base, token, compressed=zstd, quiet=as_json)
@@ -64,9 +67,6 @@ def send(snapshot: str | None, base: str | None, token_text: str | None, zstd: b
 def _send(snapshot: str, base: str | None, token: "Token | None", *, compressed: bool, quiet: bool) -> dict[str, Any]:
     from ramfs.transfer.sending import Sending, Span
 
-    for path in (snapshot, base):
-        if path is not None:
-            _check_snapshot(path)
     work = Sending(snapshot.rstrip("/"), base, os.path.abspath)
     begin = work.begin
     if token is not None and (begin.id, begin.base) != (token.id, token.base):

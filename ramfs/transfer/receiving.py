@@ -365,7 +365,7 @@ def _set_layout(directory: str, layout: str) -> None:
     """Let a directory have this layout, or if it is empty none that it was told: what files of the base had is gone."""
     path = os.path.join(directory, LAYOUT)
     if not layout:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # only root may remove one
             os.unlink(path)
         return
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)

@@ -50,6 +50,9 @@ def manifest_of(snapshot: str) -> Manifest:
     async def load() -> Manifest | None:
         return await fetch_manifest(FileDirectory(snapshot))
 
+    path = os.path.join(snapshot, NAME)
+    if os.path.exists(path) and not os.access(path, os.R_OK):
+        raise FileError(errno.EACCES, f"you may not read all files of {snapshot}, and so not its manifest either")
     # A file of that name, which was in the directory when it was frozen, would be seen instead.
     found = None if NAME in os.listdir(snapshot) else trio.run(load)
     if found is None:

@@ -6,18 +6,21 @@ import errno
 import itertools
 import json
 import os
+import pwd
 import random
 import shlex
+import shutil
 import signal
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cli.conftest import Outcome, needs_root, run
+from cli.conftest import NOBODY, Outcome, needs_root, run
 from cli.test_generations import differing, grow_generations, pages_of, unique
 from harness import Mount
 from mount.posix import eventually
@@ -30,6 +33,15 @@ RAMFS = [sys.executable, "-P", "-m", "ramfs"]
 def mounts(module_shm: Path) -> Iterator[tuple[Mount, Mount]]:
     with Mount(module_shm / "a", module_shm / "here") as a, Mount(module_shm / "b", module_shm / "there") as b:
         yield a, b
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A directory that every user may enter."""
+    base = Path(tempfile.mkdtemp(prefix="ramfs-public-", dir="/var/tmp"))
+    base.chmod(0o755)
+    yield base
+    shutil.rmtree(base, ignore_errors=True)
 
 
 @pytest.fixture
@@ -382,7 +394,7 @@ def test_what_cannot_be_sent(step: tuple[Path, Path], here: Path) -> None:
     run("send", one.parents[1]).failed(1, "is no snapshot")
     run("send", one / "ram").failed(1, "is no snapshot")
     run("send").failed(2, "SNAPSHOT")
-    run("send", "-i", "none", two).failed(1, "none")
+    run("send", "-i", "none", two).failed(1, f"{two.parent}/none: No such file")
     run("send", "-t", "ramfs1-nonsense").failed(2, "no token")
     run("send", "-t", token_for(one, 0), two).failed(1, "not what the token is of")
     assert "less to send" in run("send", "-t", token_for(one, 1000)).err
@@ -454,6 +466,33 @@ def exchange(one: Path, other: Path) -> None:
     from ramfs.transfer.receiving import _exchange
 
     _exchange(str(one), str(other))
+
+
+@needs_root
+def test_another_user_than_root(public: Path) -> None:
+    with Mount(public / "store", public / "mnt", ["allow_other"]) as mount:
+        mount.path.chmod(0o755)
+        source, home = mount.path / "vm", mount.path / "home"
+        for path in (source, home):
+            path.mkdir(0o755)
+        os.chown(home, pwd.getpwnam("nobody").pw_uid, -1)
+        (source / "ram").write_bytes(unique(20))
+        (source / "ram").chmod(0o640)
+        os.setxattr(source / "ram", "trusted.note", b"x")
+        one = snap(source, "one")
+        (source / "ram").write_bytes(unique(30))
+        two = snap(source, "two")
+        for stream in (sent(one), sent("-i", one, two)):
+            command = [*NOBODY, *RAMFS, "receive", home / "vm"]
+            done = subprocess.run(command, input=stream, capture_output=True, check=False, timeout=60)
+            assert (done.returncode, done.stderr) == (0, b"")
+        assert (home / "vm/ram").read_bytes() == (source / "ram").read_bytes()
+        assert (home / "vm/ram").stat().st_uid == pwd.getpwnam("nobody").pw_uid
+        assert os.listdir(home / "vm/.snap") == ["one", "two"]
+        assert os.listdir(home) == ["vm"]
+        refused = subprocess.run([*NOBODY, *RAMFS, "send", two], capture_output=True, text=True, check=False)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert "may not read all files" in refused.stderr
 
 
 def test_two_receivers_do_not_meet(step: tuple[Path, Path], there: Path) -> None:
