@@ -579,3 +579,19 @@ def test_space_comes_back(own: Mount) -> None:
         memory[:4] = b"here"
         assert os.pread(fd, 4, 0) == b"here"
     eventually(lambda: status(own.path)["layers"]["total"] == 0, "no layer is left")
+
+
+# --- views ---
+
+
+def test_a_view_shows_what_is_in_memory(shared: Mount, ram: Path) -> None:
+    """The layer's file is the guest's memory. A view that is open neither keeps a file from being live nor live."""
+    with opened(ram.parent / ".guest/physmem", os.O_RDONLY) as view:
+        assert os.pread(view, 2 * MB, 0) == pattern(MB) + bytes(MB)
+        with opened(ram, os.O_RDWR) as fd, Mapping(fd, writable=True) as memory:
+            assert how(ram) == "live"
+            memory[2 * MB + 5] = b"stored"
+            assert os.pread(view, 16, 2 * MB) == bytes(5) + b"stored" + bytes(5)
+            assert os.lseek(view, MB, os.SEEK_DATA) == 2 * MB
+        idle(shared.path)
+        assert os.pread(view, 6, 2 * MB + 5) == b"stored"
