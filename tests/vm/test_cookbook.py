@@ -116,7 +116,7 @@ def recipe(words: str) -> str:
 def check_layout(said: str, scene: Scene) -> None:
     layout = json.loads(said[: said.rindex("}") + 1])
     listed = [line.split() for line in said.splitlines() if line.startswith("-r")]
-    assert [(int(words[4]), words[-1]) for words in listed] == [(RAM, "ram@0x0")]
+    assert [(int(words[4]), words[-1]) for words in listed] == [(RAM, "pc.ram@0x0")]
     assert len(listed) == len(layout["ranges"])
 
 
@@ -142,7 +142,7 @@ def check_differs(said: str, scene: Scene) -> None:
 
 def check_digest(said: str, scene: Scene) -> None:
     digests = {Path(path).name: digest for digest, path in (line.split(None, 1) for line in said.splitlines())}
-    assert digests["ram@0x0"] == hashlib.sha256((scene.frozen / "ram").read_bytes()).hexdigest()
+    assert digests["pc.ram@0x0"] == hashlib.sha256((scene.frozen / "ram").read_bytes()).hexdigest()
 
 
 def check_core(said: str, scene: Scene) -> None:
