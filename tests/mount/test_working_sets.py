@@ -250,3 +250,17 @@ def test_a_damaged_one_is_found_and_removed(mounted: Mount) -> None:
     assert check_store(str(mounted.store), repair=True).findings == []
     mounted.start()
     assert working_set(warm) == []
+
+
+def test_it_is_drawn(make_mount: Callable[..., Mount]) -> None:
+    mount = make_mount()
+    warm = snapshot(mount)
+    go_on(clone(warm, mount.path / "clone"))
+    recorded(warm)
+    command = [sys.executable, "-m", "ramfs", "map", "--working-set", "--json", str(warm)]
+    told = json.loads(subprocess.run(command, capture_output=True, timeout=60, check=True).stdout)
+    [file] = told["files"]
+    # What was read around a page begins before it.
+    drawn = {told["kinds"][kind]: stop // 256 for _, stop, kind in file["runs"]}
+    assert (drawn["touched first"], drawn["touched last"]) == (TOUCHED[0], TOUCHED[-1])
+    assert sum(stop - first for first, stop, _ in file["runs"]) == SIZE // PAGE
