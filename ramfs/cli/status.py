@@ -88,6 +88,8 @@ def picture(statuses: list[dict[str, Any]]) -> RenderableType:
             ("shared", f"{human(requests['shared_bytes'])} by copy_file_range, {requests['clones']} clones"),
             ("errors", str(requests["errors"])),
         ]
+        if ahead := requests.get("reads_ahead"):
+            rows.append(("read ahead", f"{ahead} of these requests, {human(requests['read_ahead_bytes'])}"))
         native = status.get("native", {})
         if refused := native.get("refused"):
             rows.append(("native", f"no file: {refused}"))

@@ -143,6 +143,10 @@ def test_it_is_a_file_of_the_snapshot(mounted: Mount) -> None:
     for call in (lambda: os.truncate(path, 0), lambda: os.open(path, os.O_RDWR), lambda: path.chmod(0o600)):
         with fails(errno.EROFS):
             call()
+    with opened(path, os.O_RDONLY) as fd:
+        text = os.pread(fd, 1 << 20, 0)
+        mounted.kill_daemon()
+        assert os.pread(fd, 1 << 20, 0) == text  # of the daemon that took over
     mounted.umount()
     mounted.start()
     assert working_set(warm) == found
