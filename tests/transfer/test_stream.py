@@ -14,6 +14,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import example, given
 
+from ramfs.cli._transfer import zstd
 from ramfs.errors import SourceBroken, SourceError, UsageError
 from ramfs.image.digest import digest_pages
 from ramfs.transfer.stream import (
@@ -71,7 +72,11 @@ def made(parts: list[Part], start: int = 0, begin: Begin | None = None) -> tuple
 
 def decode(stream: bytes, sizes: Iterable[int] = ()) -> tuple[list[Any], Decoder]:
     """What is told of bytes that come in pieces of these sizes, each at least one byte, then as large as may be."""
-    read_prelude(stream[: PRELUDE.size])
+    if read_prelude(stream[: PRELUDE.size]):
+        try:
+            stream = stream[: PRELUDE.size] + zstd().decompress(stream[PRELUDE.size :])
+        except zstd().ZstdError as exc:
+            raise SourceBroken(str(exc)) from None
     decoder, at, events = Decoder(), PRELUDE.size, []
     pieces = itertools.chain(sizes, itertools.repeat(1 << 30))
     while at < len(stream) and not decoder.ended:
@@ -137,6 +142,7 @@ def test_what_is_cut_off_has_no_end(length: int) -> None:
 
 
 @given(st.integers(0, len(STREAM) - 1), st.integers(1, 255))
+@example(PRELUDE.size - 4, 1)  # says that the rest is compressed
 @example(PRELUDE.size, 1)
 @example(len(STREAM) - 1, 128)
 def test_no_byte_can_be_changed(at: int, flip: int) -> None:
