@@ -9,7 +9,6 @@ docs/concurrency.md says which handlers await, and what may change meanwhile.
 import contextlib
 import errno
 import itertools
-import json
 import logging
 import os
 import signal
@@ -22,7 +21,7 @@ from typing import Any, Final, TypeVar
 import trio
 
 from ramfs.arrival.pulls import Pulls
-from ramfs.errors import FileError, RamfsError
+from ramfs.errors import FileError
 from ramfs.fuse import fileattr, statx, virtual
 from ramfs.fuse.answers import answered, errno_of, request_of
 from ramfs.fuse.extension import kernel_resends, native, pyfuse3
@@ -33,22 +32,21 @@ from ramfs.fuse.jobs import Job
 from ramfs.fuse.manifests import Manifests, is_manifest
 from ramfs.fuse.passthrough import FOPEN_PASSTHROUGH, Passthrough
 from ramfs.fuse.pulling import Pulling, Steering
-from ramfs.fuse.views import OpenView, Views, is_layout, is_text, is_view, may_be_dirty
+from ramfs.fuse.questions import Questions
+from ramfs.fuse.seeking import Seeking
+from ramfs.fuse.views import OpenView, Views, is_layout, is_text, is_view
 from ramfs.fuse.waiting import Waiting
 from ramfs.fuse.working_sets import WorkingSets, is_working_set
 from ramfs.image import scatter
-from ramfs.inspect import changes, states
 from ramfs.inspect.counters import Counters
-from ramfs.inspect.generations import generation
 from ramfs.inspect.layout import MAX_TEXT
 from ramfs.inspect.report import Observer
-from ramfs.inspect.views import Gap, Piece
 from ramfs.ledger import OPENER, Held, Kind, Ledger, Record, inode_numbers
-from ramfs.namespace import CONTROL_XATTR, Caller, Inode, Namespace, Opener, may
+from ramfs.namespace import Caller, Inode, Namespace, Opener, may
 from ramfs.pager import Absent, Pager, Plan
 from ramfs.ramblock import temporary_name
 from ramfs.source.base import Rest
-from ramfs.store.files import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, dirty_bytes
+from ramfs.store.files import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
 from ramfs.store.images import Image
 from ramfs.store.outcomes import REQUEST
 from ramfs.units import MAX_NAME, PAGE, ROOT, HandleId, ImageId, InodeNumber, LayerId
@@ -58,9 +56,6 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _WRITES: Final = os.O_WRONLY | os.O_RDWR
-_PAGES_XATTR: Final = CONTROL_XATTR + b"pages"
-_DIRTY_XATTR: Final = CONTROL_XATTR + b"dirty"
-_GENERATION_XATTR: Final = CONTROL_XATTR + b"generation"
 #: Seconds that the kernel may keep names and attributes: only this mount changes them.
 _KEEP: Final = 300.0
 #: ... but the times of a file that is mapped for writing change without the kernel's knowing.
@@ -71,8 +66,6 @@ _GRACE: Final = 2.0
 _FOPEN_NOFLUSH: Final = 1 << 5
 #: What the kernel calls a file that has no name.
 NO_NAME: Final = b"/"
-#: How long an LSEEK waits for the dirty pages that its answer depends on, seconds.
-_SEEK_PATIENCE: Final = 5.0
 #: How often a flush looks for files that were renamed under it.
 _ATTEMPTS: Final = 10
 
@@ -93,7 +86,7 @@ class Operations(pyfuse3.Operations):
         self.pager = pager
         self.namespace = namespace
         self.observer = observer
-        self._looker = states.Looker(observer)
+        self._questions = Questions(pager, namespace, observer)
         self.took = observer.slowest.note
         self.flusher = flusher
         self.template_rdwr = template_rdwr
@@ -102,6 +95,7 @@ class Operations(pyfuse3.Operations):
         self.pulls = pulls
         self.arrivals = pulls.arrivals
         self.views = Views(pager, namespace, flusher, pulls.arrivals)
+        self._seeking = Seeking(pager, namespace, flusher)
         self._waiting = Waiting()
         self.counters: Counters = observer.counters
         self.ledger: Ledger = namespace.ledger
@@ -467,78 +461,20 @@ class Operations(pyfuse3.Operations):
     def lseek_now(self, handle: int, offset: int, whence: int) -> int | None:
         """LSEEK with SEEK_DATA or SEEK_HOLE: the offset or -errno, or None if it is answered later."""
         try:
-            if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
-                return -errno.EINVAL
             file = self._files[handle]
-            if isinstance(file, VirtualHandle):
-                if file.view is not None:
-                    trio.lowlevel.spawn_system_task(self._answer_seek_view, file.view, offset, whence, native.later())
-                    return None
-                if not 0 <= offset < file.size:
-                    return -errno.ENXIO
-                return offset if whence == os.SEEK_DATA else file.size
-            found, _ = self.pager.seek(file.image, offset, whence)
-            if not file.inode.is_written or file.image.direct is not None:
-                return _sought(found, file.image.size, whence)
-            trio.lowlevel.spawn_system_task(self._answer_seek, file, offset, whence, native.later())
-            return None
+            found = self._seeking.at_once(file, offset, whence)
+            if found is None:
+                trio.lowlevel.spawn_system_task(self._answer_seek, file, offset, whence, native.later())
+            return found
         except Exception as exc:
             return -errno_of(exc, "lseek", (handle, offset, whence))
 
-    async def _answer_seek(self, file: FileHandle, offset: int, whence: int, token: object) -> None:
+    async def _answer_seek(self, file: FileHandle | VirtualHandle, offset: int, whence: int, token: object) -> None:
         try:
-            found = await self._seek(file.inode, file.image, offset, whence)
+            found = await self._seeking.later(file, offset, whence)
         except Exception as exc:
             found = -errno_of(exc, "lseek", (file.id, offset, whence))
         native.reply(token, found)
-
-    async def _seek(self, inode: Inode, image: Image, offset: int, whence: int) -> int:
-        """The answer to an LSEEK of a file that may have dirty pages.
-
-        These are written back as far as the answer depends on them. Where that does not succeed everything
-        counts as data, which is never wrong.
-        """
-        seek, clean = self.pager.seek, offset if may_be_dirty(inode) else image.size
-        with trio.move_on_after(_SEEK_PATIENCE if self.flusher.can_write_back or clean != offset else 0):
-            while True:
-                found, end = seek(image, offset, whence)
-                if found < clean or clean >= image.size:
-                    return _sought(found, image.size, whence)
-                try:
-                    path = self.namespace.path_of(inode.ino)
-                    if await self.flusher.write_back(inode.ino, path, offset, end - offset):
-                        clean = end
-                except (OSError, RamfsError) as exc:  # the file has no name any more, for instance
-                    log.debug("inode %d: nothing was written back for an lseek: %s", inode.ino, exc)
-                    break
-        seek(image, offset, whence)  # raises ENXIO: it may have become shorter
-        return offset if whence == os.SEEK_DATA else image.size
-
-    async def _answer_seek_view(self, view: OpenView, offset: int, whence: int, token: object) -> None:
-        try:
-            found = await self._seek_view(view, offset, whence)
-        except Exception as exc:
-            found = -errno_of(exc, "lseek", (offset, whence))
-        native.reply(token, found)
-
-    async def _seek_view(self, view: OpenView, offset: int, whence: int) -> int:
-        """The answer to an LSEEK of a view: gaps are holes, and so is what is one in its file."""
-        size = view.view.size
-        if not 0 <= offset < size:
-            raise FileError(errno.ENXIO)
-        for part in view.view.parts(offset, size - offset):
-            if isinstance(part, Piece):
-                try:
-                    found = await self._seek(view.files[part.file], view.image(part), part.offset, whence)
-                except FileError as exc:
-                    if exc.errno != errno.ENXIO:
-                        raise
-                    found = part.offset + (part.length if whence == os.SEEK_DATA else 0)
-                if found < part.offset + part.length:
-                    return part.start + found - part.offset
-            elif isinstance(part, Gap) == (whence == os.SEEK_HOLE):
-                return part.start
-        return _sought(size, size, whence)
 
     def _drop_suid(self, handle: int) -> None:
         """A writer without the privilege: the file loses set-user-ID and set-group-ID."""
@@ -1031,54 +967,15 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
-        """GETXATTR; ``user.ramfs.pages`` is made for the asking."""
+        """GETXATTR; some are made for the asking (questions.py)."""
         if virtual.is_virtual(inode):
             raise FileError(errno.ENODATA)
         if self._done_before():  # pyfuse3 looks whether the attribute is there before it is set
             if native.xattr_flags() == os.XATTR_CREATE:
                 raise FileError(errno.ENODATA)
             return b""
-        if name == _PAGES_XATTR:
-            node = self.namespace.get(InodeNumber(inode))
-            if node.image is None:
-                raise FileError(errno.ENODATA)
-            return await self._looker.counts(node.image)
-        first = states.parse_question(name)
-        if first is not None:
-            node = self.namespace.get(InodeNumber(inode))
-            if node.image is None:
-                raise FileError(errno.ENODATA)
-            return await self._looker.runs(node.image, first)
-        if name == _DIRTY_XATTR:
-            node = self.namespace.get(InodeNumber(inode))
-            dirty = None if node.image is None or node.image.direct is None else dirty_bytes(node.image.direct)
-            if dirty is None:
-                raise FileError(errno.ENODATA)
-            return str(dirty).encode()
-        question = changes.parse_question(name)
-        if question is not None:
-            return await self._changes(InodeNumber(inode), question, self._caller(ctx))
-        if name == _GENERATION_XATTR:
-            made, parent = generation(self.namespace, InodeNumber(inode), self._caller(ctx))
-            return json.dumps({"made": made, "parent": None if parent is None else os.fsdecode(parent)}).encode()
-        return self.namespace.xattr(InodeNumber(inode), name)
-
-    async def _changes(self, ino: InodeNumber, question: changes.Question, caller: Caller) -> bytes:
-        """Which pages of a file are others than in another one, which the caller must be able to open."""
-        space = self.namespace
-        mine = space.get(ino).image
-        with space.at(space.path_of(question.ino), caller) as other:
-            if not may(other, caller, 4):
-                raise FileError(errno.EACCES)
-            if other.image is None or mine is None:
-                raise FileError(errno.ENODATA)
-            theirs = space.images.acquire(other.image.id)
-            space.images.acquire(mine.id)
-        try:
-            return await changes.answer(mine, theirs, self.pager.layers, question)
-        finally:
-            for image in (mine, theirs):
-                space.images.release(image)
+        answer = await self._questions.answer(InodeNumber(inode), name, self._caller(ctx))
+        return self.namespace.xattr(InodeNumber(inode), name) if answer is None else answer
 
     @answered
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
@@ -1206,13 +1103,6 @@ class Operations(pyfuse3.Operations):
 def _is_of_snapshot(ino: int) -> bool:
     """Is it a file that every snapshot has, and no directory lists?"""
     return is_manifest(ino) or is_working_set(ino)
-
-
-def _sought(found: int, size: int, whence: int) -> int:
-    """The answer to an LSEEK: there is a hole at the end of the file, but no data. Raises ENXIO."""
-    if found >= size and whence == os.SEEK_DATA:
-        raise FileError(errno.ENXIO)
-    return found
 
 
 def _native_of(files: Iterable[Record]) -> tuple[list[tuple[LayerId, int]], list[tuple[HandleId, LayerId]]]:
