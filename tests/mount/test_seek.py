@@ -214,7 +214,13 @@ def test_it_goes_with_everything_else(shared: Mount, here: Path, path: Path) -> 
 
     def name() -> None:
         other = path.with_name("other")
-        os.link(path, other)
+        try:
+            os.link(path, other)
+        except FileNotFoundError:
+            # The kernel may take the link count of an older reply (to utime) after that of the link's; with the unlink
+            # it is 0 then, until it asks again. It does not ask us before it refuses.
+            assert os.stat(path).st_nlink == 1
+            return
         other.rename(path.with_name("third"))
         os.unlink(path.with_name("third"))
 

@@ -172,16 +172,18 @@ def test_dense_clones_share_their_template(make_lab: Callable[..., Lab]) -> None
 
 def test_a_snapshot_under_constant_writing(lab: Lab) -> None:
     vm, copy = lab.directory("vm"), lab.mount.path / "copy"
+    begun = time.monotonic()
     parent = lab.boot(vm / "ram0", boot="tick=0.2 fill=1:32")
     parent.say("churn 8192")
     report = snapshot(vm, "one", parent.socket)
+    took = time.monotonic() - begun
     cp("-r", vm / ".snap" / "one", copy)
     clone = lab.resume(copy / "ram0", copy / "state")
     clone.check([1] * 8)
     parent.check([1] * 8)
     # The first round had to flush what was filled; the last one, for which the guest waited, much less.
     flushed = [each["bytes"] for each in report["rounds"]]
-    if None not in flushed:
+    if None not in flushed and took < 30:  # then the kernel begins to do it by itself
         assert flushed[0] > 32 * MIB
         assert flushed[-1] < flushed[0] / 2
 
