@@ -3,7 +3,8 @@ socket as standard input.
 
 It must not be the daemon itself. A thread that waits for its own process's mount cannot be killed, and keeps
 /dev/fuse open: were the daemon killed in that moment, it would stay for ever, and with it every guest, the mount
-and the store's lock. This process holds nothing. When the daemon is gone its call fails and it ends.
+and the store's lock. This process holds nothing. When the daemon is gone it ends at once: where a supervisor keeps the
+connection, its call would wait for the next daemon, and if there is none the mount would be in use by it for ever.
 
 Requests and answers are objects of `marshal`, which both sides have in the same version:
 
@@ -15,12 +16,14 @@ Requests and answers are objects of `marshal`, which both sides have in the same
                                     or (errno, what failed)
 """
 
+import _thread
 import contextlib
 import ctypes
 import errno
 import functools
 import marshal
 import os
+import select
 import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
@@ -150,6 +153,14 @@ def look(mountpoint: bytes) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
+def _end_with_daemon() -> None:
+    """Wait until nobody has the other end of the socket."""
+    poll = select.poll()
+    poll.register(0, 0)  # a hang-up is told always
+    poll.poll()
+    os._exit(0)
+
+
 def main() -> None:
     """Answer until the daemon is gone."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -157,6 +168,7 @@ def main() -> None:
     # The daemon may have been in a hurry when it started this process, and its session is (supervisor/process.py).
     os.setsid()
     os.setpriority(os.PRIO_PROCESS, 0, max(0, os.getpriority(os.PRIO_PROCESS, 0)))
+    _thread.start_new_thread(_end_with_daemon, ())  # as nice
     with open(0, "rb", closefd=False) as requests, open(0, "wb", closefd=False) as answers:
         while True:
             try:

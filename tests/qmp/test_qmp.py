@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -126,13 +127,14 @@ def test_a_state_goes_there_and_back(shm: Path) -> None:
         async with qmp.connect(path) as talk:
             await talk.stop()
             await talk.save_state(fd)
+            shutil.copy(shm / "ram", shm / "then")  # it goes on, and changes its memory
             await talk.cont()
 
     with Guest(shm / "ram", mib=16, kernel=False) as guest:
         asyncio.run(save(guest.socket))
         os.close(fd)
         assert guest.status() == "running"
-    with Guest(shm / "ram", mib=16, kernel=False, incoming=True) as guest:
+    with Guest(shm / "then", mib=16, kernel=False, incoming=True) as guest:
         guest.load(state)
         assert guest.status() == "running"
 
