@@ -113,21 +113,19 @@ class Flusher:
         False if the file is not at ``path`` any more. Raises MountError or OSError. Give it up after a while:
         opening the path can need the lock of a directory, and who has that may wait for the file's.
         """
-        if self.device < 0:
-            await self.look()
-        job = (self.device, ino, path, offset, length)
-        (same,) = await self._ask(job, self._writing_back)
-        return bool(same)
+        return await self._of_one((ino, path, offset, length), self._writing_back)
 
     async def read_ahead(self, ino: int, path: bytes, parts: Sequence[tuple[int, int]]) -> bool:
         """Have the kernel read parts ``(offset, length)`` of a file that it has not got; returns when it has them.
 
         False if the file is not at ``path`` any more. Raises MountError or OSError.
         """
+        return await self._of_one((ino, path, list(parts)), self._reading_ahead)
+
+    async def _of_one(self, job: tuple[Any, ...], limiter: trio.CapacityLimiter) -> bool:
         if self.device < 0:
             await self.look()
-        job = (self.device, ino, path, list(parts))
-        (same,) = await self._ask(job, self._reading_ahead)
+        (same,) = await self._ask((self.device, *job), limiter)
         return bool(same)
 
     async def _ask(self, job: Any, limiter: trio.CapacityLimiter | None = None) -> Any:

@@ -464,9 +464,8 @@ def _mode(files: Iterable[Inode]) -> int:
     for file in files:
         mode &= file.mode
     # What the owner of one file may read is not for the owner of another.
-    return (
-        mode if len({(file.uid, file.gid) for file in files}) <= 1 else mode & 0o004 * 0o111 if mode & 0o004 else 0o400
-    )
+    one_owner = len({(file.uid, file.gid) for file in files}) <= 1
+    return mode if one_owner or mode & 0o004 else 0o400
 
 
 def _owner(files: Iterable[Inode], directory: Inode) -> tuple[int, int]:
