@@ -19,7 +19,7 @@ from typing import Any
 from . import arrival, capture, debugger, generations, host, native, postcopy, workingset  # noqa: F401  (their cases)
 from .bench import MIB, ROOT, Bench, interrupt_once, scratch
 from .cases import CASES
-from .stats import Measure, summary
+from .stats import Curve, Measure, summary
 
 
 def arguments() -> argparse.Namespace:
@@ -93,7 +93,7 @@ def main() -> int:
     facts = machine(ramfs)
     print("\n".join(f"{key:<22}{value}" for key, value in facts.items()))
 
-    measures: list[Measure] = []
+    measures: list[Measure | Curve] = []
     results: dict[str, Any] = {}
     failed = False
     begun = time.monotonic()

@@ -15,7 +15,7 @@ from tests.vm.guest import Guest
 from . import peers, takeover
 from .bench import GIB, KIB, MIB, PAGE, Bench, Unavailable, bdi, pin, run, unmount
 from .peers import Peer, Prepare, Served
-from .stats import Goal, Measure
+from .stats import Curve, Goal, Measure
 
 RAMFS, DAEMON, NBDFUSE, TMPFS = "ramfs", "storage daemon (FUSE export)", "nbdfuse + nbdkit", "tmpfs"
 
@@ -27,7 +27,7 @@ EVERYBODY: dict[str, Peer] = {
 }
 
 
-Measuring = Callable[[Bench], list[Measure]]
+Measuring = Callable[[Bench], Sequence[Measure | Curve]]
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,45 @@ class Measure:
         return "\n".join(lines)
 
 
+@dataclass
+class Curve:
+    """One quantity over another one, such as a time over a size, measured once a round for each contender and point."""
+
+    title: str
+    unit: str
+    x: str
+    """what it is measured over, with its unit"""
+    samples: dict[str, dict[float, list[float]]] = field(default_factory=dict)
+    less_is_better: bool = True
+    logarithmic: bool = True
+    """are both axes of its plot?"""
+    goals: Sequence[Goal] = ()
+    """none: what has a goal is a Measure"""
+
+    def add(self, contender: str, x: float, value: float) -> None:
+        self.samples.setdefault(contender, {}).setdefault(x, []).append(value)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "title": self.title,
+            "unit": self.unit,
+            "x": self.x,
+            "less_is_better": self.less_is_better,
+            "logarithmic": self.logarithmic,
+            "samples": {who: [[x, values] for x, values in points.items()] for who, points in self.samples.items()},
+        }
+
+    def show(self) -> str:
+        better = "less is better" if self.less_is_better else "more is better"
+        lines = [f"  {self.title} ({self.unit}, {better})"]
+        xs = sorted({x for points in self.samples.values() for x in points})
+        lines.append(f"    {self.x:<38}" + "".join(f"{number(x):>10}" for x in xs))
+        for who, points in self.samples.items():
+            medians = (number(statistics.median(points[x])) if x in points else "" for x in xs)
+            lines.append(f"    {who:<38}" + "".join(f"{each:>10}" for each in medians))
+        return "\n".join(lines)
+
+
 def number(value: float) -> str:
     """Three significant digits, without an exponent."""
     if value == 0:
@@ -108,7 +147,7 @@ def number(value: float) -> str:
     return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
 
 
-def summary(measures: Sequence[Measure]) -> str:
+def summary(measures: Sequence[Measure | Curve]) -> str:
     """One line for each goal, the missed ones first, then how many were met."""
     verdicts = [(goal.met(m.samples), m, goal) for m in measures for goal in m.goals]
     open_ones = [f"  {m.title}: {goal.sentence(m.samples, m.unit)}" for met, m, goal in verdicts if not met]
