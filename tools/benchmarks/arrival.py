@@ -83,13 +83,13 @@ def stream(bench: Bench) -> list[Measure]:
     )
     with ExitStack() as stack:
         at = stack.enter_context(peers.ramfs_mount(bench))
-        for measure, run_length in ((dense, 10), (sparse, 3)):
+        for measure, run_length, more in ((dense, 10, 1), (sparse, 3, 0)):
             directory = bench.fresh("served")
             directory.mkdir()
             stack.callback(run, ["rm", "-rf", directory])
             bench.fill(directory / BLOCK_FILE, bench.size, run_length * MIB, 10 * MIB)
             with nbdkit(directory) as uri:
-                for number, name in turns(bench, [RAMFS, NBDCOPY, NO_EXTENTS]):
+                for number, name in turns(bench, [RAMFS, NBDCOPY, NO_EXTENTS], more):
                     copy = bench.fresh("copy")
                     begin = time.monotonic()
                     if name == RAMFS:
@@ -97,8 +97,8 @@ def stream(bench: Bench) -> list[Measure]:
                         while is_arriving(at):  # to make status.json would be work for the daemon
                             time.sleep(0.002)
                     else:
-                        more = ["--no-extents"] if name == NO_EXTENTS else []
-                        run(["nbdcopy", *more, uri + BLOCK_FILE, copy])
+                        options = ["--no-extents"] if name == NO_EXTENTS else []
+                        run(["nbdcopy", *options, uri + BLOCK_FILE, copy])
                     measure.add(name, rate(bench.size, time.monotonic() - begin))
                     if name == RAMFS:
                         if number == 0:

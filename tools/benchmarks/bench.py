@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -17,7 +18,6 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-PROBES = ("fill", "touch", "store", "write", "steady", "capture")
 PATIENCE = 300.0  # seconds for any one command; a hung mount must not hang the run
 
 KIB = 1 << 10
@@ -37,6 +37,8 @@ class Bench:
     size: int  # of the file that is mapped, in bytes
     rounds: int
     say: Callable[[str], None]
+    quick: bool = False  # less of everything: the whole run is to end within minutes
+    until: float = math.inf  # time.monotonic() at which the case that runs is to be over
     missing: dict[str, str] = field(default_factory=dict)  # contenders that took no part, and why
     serial: int = 0
 
@@ -44,6 +46,19 @@ class Bench:
         """Go on without a contender, but never silently."""
         self.missing[contender] = str(error)
         self.say(f"  without {contender}: {error}")
+
+    def each_round(self, more: int = 0) -> Iterator[int]:
+        """The numbers of rounds: at least two, and none that would take more than what is left of the case's time.
+
+        `more` such loops follow in the case, and each gets an equal part of what is left.
+        """
+        begun = time.monotonic()
+        until = begun + (self.until - begun) / (more + 1)
+        for number in range(self.rounds):
+            now = time.monotonic()
+            if number >= 2 and now + (now - begun) / number > until:
+                return
+            yield number
 
     def fresh(self, stem: str) -> Path:
         """A path that nothing has used in this run."""
@@ -91,8 +106,15 @@ class Bench:
             raise RuntimeError(f"{int(seen['wrong'])} pages of {path.name} had another page's contents")
         return seen
 
+    def program(self, name: str) -> Path:
+        """The program that is made of NAME.c, compiled when it is first asked for."""
+        made = self.scratch / name
+        if not made.exists():
+            run(["gcc", "-O2", "-Wall", "-pthread", HERE / f"{name}.c", "-o", made])
+        return made
+
     def probe(self, name: str, *arguments: object, cpu: int | None = None) -> dict[str, float]:
-        command = [str(self.scratch / "probes" / name), *map(str, arguments)]
+        command = [str(self.program(name)), *map(str, arguments)]
         if cpu is not None:
             command = ["taskset", "-c", str(cpu), *command]
         out = run(command)
@@ -203,12 +225,9 @@ def interrupt_once() -> None:
 
 @contextmanager
 def scratch(parent: Path) -> Iterator[Path]:
-    """A directory on tmpfs with the probes in it; goes with everything mounted below it."""
+    """A directory on tmpfs; goes with everything mounted below it."""
     place = Path(tempfile.mkdtemp(prefix="ramfs-bench.", dir=parent))
     try:
-        (place / "probes").mkdir()
-        for name in PROBES:
-            run(["gcc", "-O2", "-Wall", "-pthread", HERE / f"{name}.c", "-o", place / "probes" / name])
         yield place
     finally:
         for point in mounts(place):

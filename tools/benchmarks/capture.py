@@ -26,7 +26,7 @@ LAYOUTS = {
 @contextmanager
 def holder(bench: Bench, path: Path, *arguments: int) -> Iterator[tuple[int, int]]:
     """A process that has stored into its private mapping of a file; its id, and the address of that."""
-    command = [bench.scratch / "probes" / "capture", "hold", path, bench.size, *arguments]
+    command = [bench.program("capture"), "hold", path, bench.size, *arguments]
     process = subprocess.Popen([str(word) for word in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
@@ -39,7 +39,7 @@ def holder(bench: Bench, path: Path, *arguments: int) -> Iterator[tuple[int, int
 @case("capture", "ramfs capture of a quarter of a private mapping; reading and writing these pages alone, in C")
 def capture(bench: Bench) -> list[Measure]:
     found = []
-    for label, (length, stride) in LAYOUTS.items():
+    for index, (label, (length, stride)) in enumerate(LAYOUTS.items()):
         pause = Measure(f"capture of {bench.size >> 22} MiB {label}", "ms", goals=[Goal(2.0, against=HERE)])
         whole = Measure(f"the same, the command from its start to its end, {label}", "ms")
         found += [pause, whole]
@@ -48,7 +48,7 @@ def capture(bench: Bench) -> list[Measure]:
             vm.mkdir()
             bench.fill(vm / peers.BLOCK_FILE, bench.size)
             (vm / ".snap" / "s").mkdir()
-            for number, name in turns(bench, [RAMFS, HERE, TMPFS]):
+            for number, name in turns(bench, [RAMFS, HERE, TMPFS], len(LAYOUTS) - index - 1):
                 clone = at.root / f"clone{number}{name}"
                 run(["cp", "-al", vm / ".snap" / "s", clone])
                 with holder(bench, clone / peers.BLOCK_FILE, length, stride, number + 1) as (pid, address):

@@ -29,19 +29,23 @@ EVERYBODY: dict[str, Peer] = {
 
 Measuring = Callable[[Bench], Sequence[Measure | Curve]]
 
+#: In which runs a case takes part: in each, in those without --quick, or only where --only names it.
+ALWAYS, FULL, ASKED = "", "not with --quick", "only when asked for"
+
 
 @dataclass(frozen=True)
 class Case:
     about: str
     measure: Measuring
+    when: str = ALWAYS
 
 
 CASES: dict[str, Case] = {}
 
 
-def case(name: str, about: str) -> Callable[[Measuring], Measuring]:
+def case(name: str, about: str, when: str = ALWAYS) -> Callable[[Measuring], Measuring]:
     def register(measure: Measuring) -> Measuring:
-        CASES[name] = Case(about, measure)
+        CASES[name] = Case(about, measure, when)
         return measure
 
     return register
@@ -73,9 +77,12 @@ def serve(bench: Bench, contenders: dict[str, Peer], prepare: Prepare) -> Iterat
         yield up
 
 
-def turns(bench: Bench, names: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """Everybody once a round, each round led by another, so that none always follows the same one."""
-    for number in range(bench.rounds):
+def turns(bench: Bench, names: Sequence[str], more: int = 0) -> Iterator[tuple[int, str]]:
+    """Everybody once a round, each round led by another, so that none always follows the same one.
+
+    There are bench.rounds of them, or fewer where the case has no time left: see Bench.each_round, also for `more`.
+    """
+    for number in bench.each_round(more):
         for i in range(len(names)):
             yield number, names[(i + number) % len(names)]
 
@@ -229,14 +236,14 @@ def clone(bench: Bench) -> list[Measure]:
 
     hashed = Measure("digests of what the first copy sealed, made once some seconds later, of what is resident", "%")
 
-    for label, (resident, part) in layouts.items():
+    for index, (label, (resident, part)) in enumerate(layouts.items()):
         stride = size * part // resident
         prepare = filler(bench, size, part, stride)
         contenders: dict[str, Peer] = {RAMFS: peers.ramfs}
         if label != small:
             contenders |= {TMPFS: tmpfs_directory, XFS: xfs_directory, OVERLAY: peers.tmpfs}
         with serve(bench, contenders, prepare) as up:
-            for number, name in turns(bench, list(up)):
+            for number, name in turns(bench, list(up), len(layouts) - index - 1):
                 source, copy = up[name].path, up[name].path.parent.with_name(f"copy-{number}")
                 before = allocated(up[name]) - digests(up[name])
                 if name == OVERLAY:
@@ -411,7 +418,7 @@ def storm(bench: Bench) -> list[Measure]:
     found = Measure("first stores to an empty file", "GB/s", less_is_better=False)
     worst = Measure("the longest single store", "ms")
     contenders = {name: EVERYBODY[name] for name in (RAMFS, DAEMON, TMPFS)}
-    for number in range(bench.rounds):
+    for number in bench.each_round():
         for name, peer in contenders.items():
             with serve(bench, {name: peer}, lambda path: empty(path, bench.size)) as up:
                 if name in up:
@@ -430,10 +437,10 @@ def empty(path: Path, size: int) -> None:
 def resume(bench: Bench) -> list[Measure]:
     found: list[Measure] = []
     with serve(bench, EVERYBODY, dense(bench)) as up:
-        for access in ("read", "write"):
+        for more, access in ((1, "read"), (0, "write")):
             total = Measure(f"resume, {access} faults, until all is touched", "ms")
             p99 = Measure(f"resume, {access} faults, p99", "us")
-            for number, name in turns(bench, list(up)):
+            for number, name in turns(bench, list(up), more):
                 seen = bench.touch(up[name].path, access=access, advice="huge", seed=number + 1)
                 total.add(name, seen["seconds"] * 1e3)
                 p99.add(name, seen["p99_us"])
@@ -441,9 +448,12 @@ def resume(bench: Bench) -> list[Measure]:
     return found
 
 
-@case("takeover", "kill -9 of the daemon 100 times, ramfs upgrade 20 times, under loads that check every byte")
+@case(
+    "takeover",
+    "kill -9 of the daemon, and ramfs upgrade, under loads that check every byte; 120 times, 10 with --quick",
+)
 def taken_over(bench: Bench) -> list[Measure]:
-    kills, upgrades = (100, 20) if bench.size >= GIB else (30, 6)
+    kills, upgrades = (8, 2) if bench.quick else (100, 20)
     with ExitStack() as stack:
         mounts = [stack.enter_context(peers.ramfs_mount(bench)) for _ in range(3)]
         directory = mounts[2].root / "guest"
@@ -451,7 +461,7 @@ def taken_over(bench: Bench) -> list[Measure]:
         guest = stack.enter_context(Guest(directory / "ram", boot="fill=1:4"))
         guest.wait_for_line("= filled", 120)
         places = [(at.root, at.store) for at in mounts]
-        storm = takeover.Storm(places, bench.scratch / "probes" / "steady", bench.ramfs)
+        storm = takeover.Storm(places, bench.program("steady"), bench.ramfs)
         stack.callback(storm.abandon)
         storm.add_guest(guest, directory)
         storm.kill(kills)

@@ -16,7 +16,7 @@ from tests.vm.guest import Guest
 
 from . import peers
 from .bench import PAGE, PATIENCE, Bench, Unavailable, bdi, run, unmount
-from .cases import RAMFS, case, dense, disk, serve, set_read_ahead, turns
+from .cases import ASKED, FULL, RAMFS, case, dense, disk, serve, set_read_ahead, turns
 from .stats import Goal, Measure
 
 #: The disk can share blocks: by default the kernel serves live files there by itself, and with CACHED the daemon does.
@@ -161,7 +161,11 @@ def written(point: Path) -> int:
     return int((Path("/sys/block") / Path(device).name / "stat").read_text().split()[6]) * 512
 
 
-@case("dirtying", "bytes to the disk and host memory while a guest stores into a quarter of its memory all the time")
+@case(
+    "dirtying",
+    "bytes to the disk and host memory while a guest stores into a quarter of its memory all the time",
+    when=FULL,
+)
 def dirtying(bench: Bench) -> list[Measure]:
     rate = Measure("written to disk, of what is stored into, in each minute", "x")
     peak = Measure("largest host memory meanwhile, of what is stored into", "x")
@@ -172,7 +176,7 @@ def dirtying(bench: Bench) -> list[Measure]:
     return [rate, peak]
 
 
-@case("expiry", "the same by how long the kernel keeps dirty pages, vm.dirty_expire_centisecs")
+@case("expiry", "the same by how long the kernel keeps dirty pages, vm.dirty_expire_centisecs", when=ASKED)
 def expiry(bench: Bench) -> list[Measure]:
     rate = Measure("written to disk, of what is stored into, in each minute", "x")
     peak = Measure("largest host memory meanwhile, of what is stored into", "x")
@@ -219,7 +223,11 @@ def dirtied(bench: Bench, names: Sequence[str], seconds: int) -> dict[str, tuple
     return found
 
 
-@case("guests", "until a guest has booted, and until one that was resumed has checked its memory, by read-ahead")
+@case(
+    "guests",
+    "until a guest has booted, and until one that was resumed has checked its memory, by read-ahead",
+    when=ASKED,
+)
 def guests(bench: Bench) -> list[Measure]:
     booted = Measure("from QEMU's start until the guest is up", "ms")
     resumed = Measure("from the load of its state until a guest has checked 32 MiB of its memory", "ms")
@@ -252,7 +260,7 @@ def guests(bench: Bench) -> list[Measure]:
     return [booted, resumed]
 
 
-@case("tuning", "what read-ahead and the number of background requests do to cold reads")
+@case("tuning", "what read-ahead and the number of background requests do to cold reads", when=ASKED)
 def tuning(bench: Bench) -> list[Measure]:
     kinds = {  # order, pages for each touch, advice
         "every page in order": ("sequential", 1, "none"),

@@ -211,7 +211,7 @@ def postcopy(bench: Bench) -> list[Measure]:
         for key, value in seen.items():
             found[key].add(name, value / MIB if key == "bytes" else value)
 
-    for _ in range(bench.rounds):
+    for _ in bench.each_round():
         note(QEMU, by_qemu(bench))
         with ExitStack() as stack:
             hosts = [stack.enter_context(peers.ramfs_mount(bench)) for _ in range(2)]

@@ -49,6 +49,12 @@ class Goal:
         verdict = "met" if self.met(samples) else "MISSED"
         return f"{what} = {number(value)}{suffix} (goal: {sign} {self.limit:g}): {verdict}"
 
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> Goal:
+        at_least = "at_least" in told
+        limit = told["at_least" if at_least else "at_most"]
+        return cls(limit, at_least, told["against"], told["subject"], told["worst_round"])
+
 
 @dataclass
 class Measure:
@@ -63,6 +69,11 @@ class Measure:
     def add(self, contender: str, value: float) -> None:
         self.samples.setdefault(contender, []).append(value)
 
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> Measure:
+        goals = [Goal.from_json(each) for each in told["goals"]]
+        return cls(told["title"], told["unit"], told["samples"], goals, told["less_is_better"])
+
     def as_json(self) -> dict[str, Any]:
         return {
             "title": self.title,
@@ -74,6 +85,7 @@ class Measure:
                 {
                     "subject": goal.subject,
                     "against": goal.against,
+                    "worst_round": goal.worst_round,
                     "at_least" if goal.at_least else "at_most": goal.limit,
                     "value": goal.value(self.samples),
                     "met": goal.met(self.samples),
@@ -115,6 +127,11 @@ class Curve:
     def add(self, contender: str, x: float, value: float) -> None:
         self.samples.setdefault(contender, {}).setdefault(x, []).append(value)
 
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> Curve:
+        samples = {who: dict(points) for who, points in told["samples"].items()}
+        return cls(told["title"], told["unit"], told["x"], samples, told["less_is_better"], told["logarithmic"])
+
     def as_json(self) -> dict[str, Any]:
         return {
             "title": self.title,
@@ -134,6 +151,10 @@ class Curve:
             medians = (number(statistics.median(points[x])) if x in points else "" for x in xs)
             lines.append(f"    {who:<38}" + "".join(f"{each:>10}" for each in medians))
         return "\n".join(lines)
+
+
+def from_json(told: Mapping[str, Any]) -> Measure | Curve:
+    return Curve.from_json(told) if "x" in told else Measure.from_json(told)
 
 
 def number(value: float) -> str:
