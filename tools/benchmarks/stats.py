@@ -69,6 +69,12 @@ class Measure:
     def add(self, contender: str, value: float) -> None:
         self.samples.setdefault(contender, []).append(value)
 
+    def ratio(self, who: str) -> float | None:
+        """The subject's median over that contender's; of "CONTENDER, PART" with the subject's of the same part."""
+        mine = self.samples.get(SUBJECT) or self.samples.get(f"{SUBJECT}, {who.partition(', ')[2]}")
+        median = statistics.median(self.samples[who])
+        return statistics.median(mine) / median if mine and median and not who.startswith(SUBJECT) else None
+
     @classmethod
     def from_json(cls, told: Mapping[str, Any]) -> Measure:
         goals = [Goal.from_json(each) for each in told["goals"]]
@@ -97,13 +103,11 @@ class Measure:
     def show(self) -> str:
         better = "less is better" if self.less_is_better else "more is better"
         lines = [f"  {self.title} ({self.unit}, {better})"]
-        mine = self.samples.get(SUBJECT)
         for who, values in self.samples.items():
             median = statistics.median(values)
             spread = f"[{number(min(values))} .. {number(max(values))}]"
-            ratio = ""
-            if mine and who != SUBJECT and median:
-                ratio = f"   ramfs is {number(statistics.median(mine) / median)}x this"
+            times = self.ratio(who)
+            ratio = "" if times is None else f"   ramfs is {number(times)}x this"
             lines.append(f"    {who:<50}{number(median):>10}   {spread:<24}{ratio}".rstrip())
         lines += [f"    -> {goal.sentence(self.samples, self.unit)}" for goal in self.goals]
         return "\n".join(lines)
