@@ -19,6 +19,7 @@ from . import (  # noqa: F401  (most for their cases)
     debugger,
     generations,
     host,
+    lazy,
     native,
     postcopy,
     report,

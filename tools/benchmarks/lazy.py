@@ -317,12 +317,13 @@ def lazy(bench: Bench) -> list[Curve]:
         at = stack.enter_context(peers.ramfs_mount(bench))
         stack.enter_context(nbdkit(directory))
         contenders: dict[str, Contender] = {RAMFS: by_ramfs(at), DAEMON: storage_daemon, NBDFUSE: nbdfuse}
-        for delay in DELAYS[:2] if bench.quick else DELAYS:
+        delays = DELAYS[:2] if bench.quick else DELAYS
+        for number, delay in enumerate(delays, 1):
             line = delayed(delay)
             if delay:
                 bench.say(f"  {delay} ms each way by {'netem' if line.netem else 'a relay: this kernel has no netem'}")
             with line.to(PORT) as port:
-                for _, name in turns(bench, [*contenders, QEMU]):
+                for _, name in turns(bench, [*contenders, QEMU], more=len(delays) - number):
                     before = line.carried
                     try:
                         if name == QEMU:
