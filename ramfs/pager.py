@@ -826,7 +826,12 @@ class Pager:
             return 0
         async with self._sync_lock:  # while one runs, nobody knows whether what it took reaches the disk
             found = self.layers.take_behind(self.images.shared)
-        return await trio.to_thread.run_sync(behind.drop, found) if found else 0
+        if not found:
+            return 0
+        dropped, left = await trio.to_thread.run_sync(behind.drop, found)
+        for each in left:
+            self.layers.note_behind(each)
+        return dropped
 
     def has_garbage(self) -> bool:
         """Is there something for :meth:`collect` to look at?"""

@@ -9,6 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from typing import Final
 
 import click
@@ -34,6 +35,8 @@ OURS: Final = NATIVE | {"template_rdwr", "noprefetch", "debug"}
 
 #: Where a daemon in the background logs to, when something listens there.
 SYSLOG: Final = "/dev/log"
+#: Seconds in which a mount may be busy without a visible user: one who is just leaving, such as a daemon's helper.
+_LEAVING: Final = 2.0
 
 
 def split_options(words: tuple[str, ...]) -> tuple[list[str], set[str]]:
@@ -112,18 +115,22 @@ def _lives(mountpoint: str) -> bool:
 def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     """Take a mount down, as root by umount(8), else by fusermount3. Raises MountError with its words."""
     command = unmount_command(mountpoint, lazy=lazy)
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, errors="replace")
-    except FileNotFoundError:
-        raise MountError(f"{command[0]} is not installed: install Debian's package fuse3 or mount") from None
-    if done.returncode == 0:
-        return
-    words = " ".join(done.stderr.split()).rstrip(".") or f"{command[0]} exited with {done.returncode}"
-    if "busy" in words:
+    deadline = time.monotonic() + _LEAVING
+    while True:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, errors="replace")
+        except FileNotFoundError:
+            raise MountError(f"{command[0]} is not installed: install Debian's package fuse3 or mount") from None
+        if done.returncode == 0:
+            return
+        words = " ".join(done.stderr.split()).rstrip(".") or f"{command[0]} exited with {done.returncode}"
+        if "busy" not in words:
+            raise MountError(words)
         found = users(mountpoint)
-        who = f"used by {', '.join(found)}" if found else "but /proc does not show by whom"
-        raise MountError(f"{mountpoint} is busy, {who}: end that first, or detach it with --lazy")
-    raise MountError(words)
+        if found or time.monotonic() > deadline:
+            who = f"used by {', '.join(found)}" if found else "but /proc does not show by whom"
+            raise MountError(f"{mountpoint} is busy, {who}: end that first, or detach it with --lazy")
+        time.sleep(0.1)
 
 
 @click.command("mount")

@@ -3,7 +3,7 @@ socket as standard input.
 
 It must not be the daemon itself. A thread that waits for its own process's mount cannot be killed, and keeps
 /dev/fuse open: were the daemon killed in that moment, it would stay for ever, and with it every guest, the mount
-and the store's lock. This process holds nothing. When the daemon is gone it ends at once: where a supervisor keeps the
+and the store's lock. This process holds nothing. It ends soon after the daemon: where a supervisor keeps the
 connection, its call would wait for the next daemon, and if there is none the mount would be in use by it for ever.
 
 Requests and answers are objects of `marshal`, which both sides have in the same version:
@@ -25,6 +25,7 @@ import marshal
 import os
 import select
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
@@ -36,6 +37,10 @@ COVERED: Final = -1
 _WRITE_AND_WAIT: Final = 1 | 2 | 4
 #: Bytes that the daemon is asked for at a time, about: for as long as they take the guest's own requests may wait.
 _UNDER_WAY: Final = 4 << 20
+
+#: Seconds until it ends after the daemon has. A call that the daemon had read and not answered ends by no signal before
+#: somebody has the kernel ask again: the next daemon, or a supervisor that starts none.
+_FAREWELL: Final = 0.5
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
@@ -158,6 +163,7 @@ def _end_with_daemon() -> None:
     poll = select.poll()
     poll.register(0, 0)  # a hang-up is told always
     poll.poll()
+    time.sleep(_FAREWELL)
     os._exit(0)
 
 

@@ -24,6 +24,8 @@ _BATCH: Final = 256
 _libc = ctypes.CDLL(None, use_errno=True)
 _madvise = _libc.madvise  # that of Python's mmap would hold the interpreter lock
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_mincore = _libc.mincore
+_mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
 
 
 class Marks:
@@ -100,25 +102,43 @@ class Behind(NamedTuple):
     marks: Marks
 
 
-def drop(some: Iterable[Behind]) -> int:
-    """Let pages leave the store's page cache, where they are on disk (any thread). Returns their number."""
-    dropped = 0
+def drop(some: Iterable[Behind]) -> tuple[int, list[Behind]]:
+    """Let pages leave the store's page cache, where they are on disk (any thread).
+
+    Returns how many left, and those that did not: somebody read them just then, and had them mapped again.
+    """
+    dropped, left = 0, []
     for behind in some:
         with contextlib.suppress(FileNotFoundError):  # removed as garbage meanwhile
             fd = os.open(behind.path, os.O_RDONLY | os.O_CLOEXEC)
+            stay = 0
             try:
                 for first, stop in behind.marks.regions():
-                    dropped += _drop(fd, behind.view, first, behind.marks.pages[first:stop] != 0)
+                    which = behind.marks.pages[first:stop]
+                    dropped += int(np.count_nonzero(which))
+                    which &= _drop(fd, behind.view, first, which != 0)
+                    stay += int(np.count_nonzero(which))
             finally:
                 os.close(fd)
-    return dropped
+            if stay:
+                dropped -= stay
+                left.append(behind)
+    return dropped, left
 
 
-def _drop(fd: int, view: memoryview | None, first: int, which: NDArray[np.bool_]) -> int:
+def _drop(fd: int, view: memoryview | None, first: int, which: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Drop some pages from ``first`` on; 1 for each that is still there."""
     if view is not None:  # the kernel keeps what is mapped; a read maps it again
         memory = np.frombuffer(view, np.uint8)[first << PAGE_SHIFT : (first + len(which)) << PAGE_SHIFT]
         if len(memory):
             _madvise(memory.ctypes.data, len(memory), mmap.MADV_DONTNEED)
     for a, b in runs_of(which):
         os.posix_fadvise(fd, (first + a) << PAGE_SHIFT, (b - a) << PAGE_SHIFT, os.POSIX_FADV_DONTNEED)
-    return int(np.count_nonzero(which))
+    there = np.zeros(len(which), np.uint8)
+    size = min(len(which) << PAGE_SHIFT, os.fstat(fd).st_size - (first << PAGE_SHIFT))
+    if size > 0:
+        with mmap.mmap(fd, size, prot=mmap.PROT_READ, offset=first << PAGE_SHIFT) as looked_at:
+            memory = np.frombuffer(looked_at, np.uint8)
+            _mincore(memory.ctypes.data, size, there.ctypes.data)
+            del memory  # or the mapping could not be closed
+    return there & np.uint8(1)

@@ -518,11 +518,12 @@ class Layers:
         sealed = {number for number, layer in there.items() if layer.sealed}
         kept = shared(sealed) if sealed else set()
         kept |= {number for number in sealed if not there[number].digested} | set(self.native)
-        found = [self._behind.pop(number) for number in there if number not in kept | self.undroppable]
-        for each in found:
+        found = []
+        for each in [self._behind.pop(number) for number in there if number not in kept | self.undroppable]:
             open_file = self._files.get(each.layer)
             if open_file is not None and open_file.written is not None:
                 each.marks.remove(open_file.written)  # on disk when their own sync has succeeded
+            found.append(each._replace(view=None if open_file is None else open_file.view))
         return found
 
     def write_digests(self, layer: LayerId) -> Behind:

@@ -48,6 +48,8 @@ WARM_TIMEOUT, YIELD_TIMEOUT = 60.0, 3.0
 ABORT_TIMEOUT: Final = 5
 #: The niceness of whoever guests wait for: this process, and a daemon until it has caught up.
 URGENT: Final = -20
+#: A notification to the kernel: a fuse_out_header with FUSE_NOTIFY_RESEND.
+RESEND: Final = struct.pack("=IiQ", 16, 7, 0)
 #: Exit status after an abort: nobody should start another by himself. (That of ramfs.errors.MountError.)
 ABORTED: Final = 8
 #: The name of the command socket in the store.
@@ -471,6 +473,7 @@ class Supervisor:
                 f"or give them up with `ramfs umount --abort {where}`"
             )
             self.halted = text
+            self.let_go()
             self.say(text)
             notify("STATUS=" + text)
             self.refuse(text)
@@ -480,6 +483,12 @@ class Supervisor:
             self.start()
         else:
             self.start_at = now + FIRST_WAIT * 2 ** (extra - 1)
+
+    def let_go(self) -> None:
+        """Have the kernel ask again what no daemon answers: who waits for a request that was read cannot be killed."""
+        if "RAMFS_NO_RESEND" not in os.environ:
+            with suppress(OSError):  # a kernel before Linux 6.9
+                os.write(self.kept["fuse"], RESEND)
 
     def unmounted(self, event: int) -> None:
         """The kernel says so of the connection, while no daemon serves it."""

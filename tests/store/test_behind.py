@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -85,7 +86,23 @@ def test_a_layer_that_is_gone_is_no_error(tmp_path: Path) -> None:
         kit.unlink("f")
         kit.collect(passes=2)
         assert not list((tmp_path / "store" / "layers").glob("*.ram"))
-        assert drop(found) == 0
+        assert drop(found) == (0, [])
+
+
+def test_what_somebody_holds_goes_later(tmp_path: Path) -> None:
+    with Kit(tmp_path / "store") as kit:
+        apart = 1 << 10  # or the kernel has them in one folio
+        for page in range(3):
+            kit.write("f", page * apart * PAGE, DATA)
+        kit.sync()
+        (path,) = (tmp_path / "store" / "layers").glob("*.ram")
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as memory:
+            memory.madvise(mmap.MADV_RANDOM)
+            assert memory[apart * PAGE] == DATA[0]
+            dropped, left = drop(kit.store.layers.take_behind(kit.store.images.shared))
+            assert [np.flatnonzero(each.marks.pages).tolist() for each in left] == [[apart]]
+            assert dropped == 2
+        assert drop(left) == (1, [])
 
 
 ranges = st.lists(st.tuples(st.integers(0, 3 * CHUNK - 1), st.integers(1, CHUNK)), max_size=4)

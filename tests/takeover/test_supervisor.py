@@ -277,6 +277,27 @@ def test_unmount_while_no_daemon_serves(mount: Mount) -> None:
     mount.umount()
 
 
+def test_who_asks_what_every_daemon_dies_of_can_be_killed(tmp_path: Path, assassin: Path) -> None:
+    """Though a daemon has read the request, so that the kernel alone would have him wait for the answer."""
+    victim = Victim(tmp_path, assassin)
+    mount = victim.mount
+    mount.expect("daemons died within")
+    with mount, freed(mount):
+        mount.wait_until_supervised()
+        victim.assassin.aim(Request.MKDIR, kills=1 << 20)
+        asking = Waiting("mkdir", mount.path / "d")
+        eventually(lambda: told(mount)["state"] == "halted", "the supervisor has given up")
+        assert asking.waits
+        asking.process.kill()
+        asking.process.communicate(timeout=10)
+        assert asking.process.returncode == -signal.SIGKILL
+        done = ramfs("umount", mount.path)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert mount.process is not None
+        assert mount.process.wait(5) == 0
+    fsck(mount.store)
+
+
 def test_sigterm_while_no_daemon_serves(mount: Mount) -> None:
     halt(mount)
     reader = Waiting("stat", mount.path / "d" / "new")
