@@ -25,7 +25,7 @@ from . import (  # noqa: F401  (most for their cases)
     report,
     workingset,
 )
-from .bench import MIB, ROOT, Bench, interrupt_once, scratch
+from .bench import GIB, MIB, ROOT, Bench, interrupt_once, scratch
 from .cases import ALWAYS, ASKED, CASES
 from .machine import Watch, machine
 from .stats import Curve, Measure, summary
@@ -51,7 +51,9 @@ def arguments() -> argparse.Namespace:
     measured.add_argument("--only", metavar="CASE", action="append", choices=list(CASES), help="this case; repeatable")
     measured.add_argument("--quick", action="store_true", help="smaller files, two or three rounds: within 5 minutes")
     measured.add_argument("--rounds", type=int, metavar="N", help="rounds of each case (7; at most 3 with --quick)")
-    measured.add_argument("--size", type=int, metavar="MIB", help="size of the mapped file (1024; 256 with --quick)")
+    measured.add_argument(
+        "--size", type=int, metavar="MIB", help="size of the mapped file (1024; at most 256 with --quick)"
+    )
     measured.add_argument(
         "--scratch", type=Path, default=Path("/dev/shm"), metavar="DIR", help="a tmpfs to work on (%(default)s)"
     )
@@ -95,17 +97,19 @@ def measure(options: argparse.Namespace, ramfs: Sequence[str], document: dict[st
         bench = Bench(
             scratch=place,
             ramfs=ramfs,
-            size=(options.size or (256 if options.quick else 1024)) * MIB,
+            size=(options.size or 1024) * MIB,
             rounds=options.rounds or (3 if options.quick else 7),
             say=lambda text: print(text, flush=True),
             quick=options.quick,
             missing=document["missing"],
         )
         bench.say("\nwarming up")
-        bench.warm_up()
+        bench.warm_up(2.5 * GIB if options.quick else 10 * bench.size)
         for number, name in enumerate(names):
             bench.say(f"\n{number + 1} of {len(names)}: {name}, {CASES[name].about}")
             watch = Watch()
+            if options.quick and not options.size:
+                bench.size = CASES[name].quick * MIB
             if options.quick and not options.rounds:
                 now = time.monotonic()
                 bench.until = now + max(LEAST, (begun + QUICK - now) / (len(names) - number))

@@ -65,17 +65,17 @@ class Bench:
         self.serial += 1
         return self.scratch / f"{self.serial:03}-{stem}"
 
-    def warm_up(self) -> None:
-        """Use the memory that the run will need, so that its pages are not the machine's first.
+    def warm_up(self, most: float) -> None:
+        """Use the memory that the run will need, so many bytes, so that its pages are not the machine's first.
 
         A virtual machine's host gives it memory when it first touches it, which costs more
         than most of what is measured here.
         """
         free = re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())
-        amount = min(10 * self.size, int(free[1]) * KIB // 2 if free else self.size)
+        amount = int(min(most, int(free[1]) * KIB / 2 if free else most))
         for _ in range(2):
             path = self.fresh("warm-up")
-            self.fill(path, amount // GIB * GIB or self.size)
+            self.fill(path, amount // MIB * MIB)
             path.unlink()
 
     def fill(self, path: Path, size: int, run: int = 0, stride: int = 0, seed: int = 1) -> None:

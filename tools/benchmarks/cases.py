@@ -38,14 +38,16 @@ class Case:
     about: str
     measure: Measuring
     when: str = ALWAYS
+    quick: int = 256
+    """MiB of the mapped file with --quick"""
 
 
 CASES: dict[str, Case] = {}
 
 
-def case(name: str, about: str, when: str = ALWAYS) -> Callable[[Measuring], Measuring]:
+def case(name: str, about: str, when: str = ALWAYS, quick: int = 256) -> Callable[[Measuring], Measuring]:
     def register(measure: Measuring) -> Measuring:
-        CASES[name] = Case(about, measure, when)
+        CASES[name] = Case(about, measure, when, quick)
         return measure
 
     return register
@@ -163,7 +165,7 @@ def set_read_ahead(served: Served, kib: int) -> None:
         (bdi(served.mount) / "read_ahead_kb").write_text(f"{kib}\n")
 
 
-@case("store", "stores into a resident shared mapping, pages dirty and just flushed")
+@case("store", "stores into a resident shared mapping, pages dirty and just flushed", quick=64)
 def store(bench: Bench) -> list[Measure]:
     kinds = {
         "words_dirty": "storing every word in order, pages dirty",
@@ -216,12 +218,13 @@ def write(bench: Bench) -> list[Measure]:
 def clone(bench: Bench) -> list[Measure]:
     size = 16 * GIB
     # A guest that uses huge pages fills its memory in runs of 2 MiB; one that does not, in smaller ones.
+    much = f"{bench.size // MIB:,} MiB"
+    reference, small = f"{much} resident", "64 MiB resident"
     layouts = {
-        "1 GiB resident": (GIB, 2 * MIB),
-        "64 MiB resident": (64 * MIB, 2 * MIB),
-        "1 GiB in runs of 64 KiB": (GIB, 64 * KIB),
+        reference: (bench.size, 2 * MIB),
+        small: (64 * MIB, 2 * MIB),
+        f"{much} in runs of 64 KiB": (bench.size, 64 * KIB),
     }
-    reference, small, _ = layouts
     subject = f"{RAMFS}, {reference}"
     took = Measure(
         "clone 16 GiB",
@@ -325,7 +328,7 @@ def xfs_directory(bench: Bench, prepare: Prepare) -> Iterator[Served]:
 @case("chain", "reads after 50 generations of 1 % against a flat file of the same contents")
 def chain(bench: Bench) -> list[Measure]:
     generations = 50
-    old, flat = "50 generations", "flat"
+    old, flat = f"{RAMFS}, 50 generations", f"{RAMFS}, flat"
     goals = [Goal(1.2, subject=old, against=flat)]
     found = {
         "seconds": Measure("cold sequential read, whole file", "ms", goals=goals),
@@ -358,10 +361,11 @@ def chain(bench: Bench) -> list[Measure]:
     return [*found.values(), made]
 
 
-@case("memory", "what supervisor and daemons have for themselves with 17 GiB of images touched")
+@case("memory", "what supervisor and daemons have for themselves with 17 GiB of images touched; 5 GiB with --quick")
 def memory(bench: Bench) -> list[Measure]:
-    anonymous, beyond = "daemon, anonymous", "daemon, all but mapped pages of the store's layers"
-    supervisor, standby, together = "supervisor", "daemon that stands by", "all of them, what they share once"
+    anonymous, beyond = f"{RAMFS}, daemon, anonymous", f"{RAMFS}, daemon, all but mapped pages of the store's layers"
+    supervisor, standby = f"{RAMFS}, supervisor", f"{RAMFS}, daemon that stands by"
+    together = f"{RAMFS}, all of them, what they share once"
     found = Measure(
         "resident memory of what serves a mount",
         "MiB",
@@ -369,11 +373,12 @@ def memory(bench: Bench) -> list[Measure]:
     )
     try:
         with peers.ramfs_mount(bench) as at:
-            for number in range(17):
+            images = 5 if bench.quick else 17
+            for number in range(images):
                 vm = at.root / f"vm{number}"
                 vm.mkdir()
                 block = vm / peers.BLOCK_FILE
-                full = number == 16  # after sixteen with one page in every 256 KiB
+                full = number == images - 1  # after those with one page in every 256 KiB
                 if full:
                     bench.fill(block, GIB)
                     bench.touch(block, order="sequential", size=GIB)
@@ -450,10 +455,10 @@ def resume(bench: Bench) -> list[Measure]:
 
 @case(
     "takeover",
-    "kill -9 of the daemon, and ramfs upgrade, under loads that check every byte; 120 times, 10 with --quick",
+    "kill -9 of the daemon, and ramfs upgrade, under loads that check every byte; 120 times, 8 with --quick",
 )
 def taken_over(bench: Bench) -> list[Measure]:
-    kills, upgrades = (8, 2) if bench.quick else (100, 20)
+    kills, upgrades = (6, 2) if bench.quick else (100, 20)
     with ExitStack() as stack:
         mounts = [stack.enter_context(peers.ramfs_mount(bench)) for _ in range(3)]
         directory = mounts[2].root / "guest"
@@ -479,9 +484,9 @@ def taken_over(bench: Bench) -> list[Measure]:
     for how, title in (("kill", "after kill -9"), ("upgrade", "during an upgrade")):
         stalls = storm.stalls(how)
         bench.say(f"  {how}: {takeover.distribution(stalls)}")
-        goals = [Goal(500.0, subject="p99")] if how == "kill" else []
+        goals = [Goal(500.0, subject=f"{RAMFS}, p99")] if how == "kill" else []
         measure = Measure(f"longest wait of one access {title}", "ms", goals=goals)
         for name, part in takeover.PARTS.items():
-            measure.add(name, takeover.percentile(stalls, part) * 1e3)
+            measure.add(f"{RAMFS}, {name}", takeover.percentile(stalls, part) * 1e3)
         found.append(measure)
     return found

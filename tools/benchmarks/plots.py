@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from .stats import SUBJECT, Curve, Measure, number
+from .stats import SUBJECT, Curve, Goal, Measure, number
 
 #: Inches.
 WIDTH, ROW, HEAD, FOOT, GAP, EDGE, CURVE = 9.5, 0.4, 0.42, 0.28, 0.25, 0.1, 3.2
@@ -50,28 +50,23 @@ def draw(case: str, measures: Sequence[Measure | Curve], directory: Path, suffix
     shown = [each for each in measures if each.samples]
     if not shown:
         return None
-    rows = panels(shown)
-    heights = [max(map(height, row)) for row in rows]
+    boxes, total = arranged(shown)
     goals = any(each.goals for each in shown)
-    total = sum(heights) + GAP * (len(rows) - 1) + EDGE + (0.3 if goals else 0)
+    total += EDGE + (0.3 if goals else 0)
     figure = Figure(figsize=(WIDTH, total))
-    top = total - EDGE
-    for row, tall in zip(rows, heights, strict=True):
-        for column, each in enumerate(row):
-            wide = (WIDTH - GAP * (len(row) - 1)) / len(row)
-            left = column * (wide + GAP)
-            if isinstance(each, Curve):
-                box = left + 0.6, top - tall + 0.5, wide - 3.2, tall - 0.5 - HEAD
-            else:
-                box = left + EDGE, top - height(each) + FOOT, wide - 2 * EDGE, height(each) - FOOT - HEAD
-            axes = figure.add_axes((box[0] / WIDTH, box[1] / total, box[2] / WIDTH, box[3] / total))
-            axes.patch.set_alpha(0)
-            figure.text((left + EDGE) / WIDTH, top / total, title(each), va="top", fontsize=9.5, fontweight="bold")
-            if isinstance(each, Curve):
-                lines(axes, each)
-            else:
-                bars(axes, each)
-        top -= tall + GAP
+    for each, (left, below, wide) in zip(shown, boxes, strict=True):
+        top, tall = total - EDGE - below, height(each)
+        if isinstance(each, Curve):
+            box = left + 0.6, top - tall + 0.5, wide - 3.2, tall - 0.5 - HEAD
+        else:
+            box = left + EDGE, top - tall + FOOT, wide - 2 * EDGE, tall - FOOT - HEAD
+        axes = figure.add_axes((box[0] / WIDTH, box[1] / total, box[2] / WIDTH, box[3] / total))
+        axes.patch.set_alpha(0)
+        figure.text((left + EDGE) / WIDTH, top / total, title(each), va="top", fontsize=9.5, fontweight="bold")
+        if isinstance(each, Curve):
+            lines(axes, each)
+        else:
+            bars(axes, each)
     if goals:
         at = EDGE / WIDTH, 0.06 / total
         figure.text(*at, "dashed: the goal; green where it was met, red where it was missed", fontsize=8)
@@ -81,16 +76,20 @@ def draw(case: str, measures: Sequence[Measure | Curve], directory: Path, suffix
     return path
 
 
-def panels(shown: Sequence[Measure | Curve]) -> list[list[Measure | Curve]]:
-    """Two bar charts beside each other, a curve alone."""
-    rows: list[list[Measure | Curve]] = []
+def arranged(shown: Sequence[Measure | Curve]) -> tuple[list[tuple[float, float, float]], float]:
+    """For each its left edge, its top and its width, and how high all are: curves alone, the rest in two columns."""
+    half = (WIDTH - GAP) / 2
+    ends = [0.0, 0.0]  # of the two columns
+    boxes = []
     for each in shown:
-        last = rows[-1] if rows else []
-        if isinstance(each, Measure) and len(last) == 1 and isinstance(last[0], Measure):
-            last.append(each)
+        if isinstance(each, Curve) or len(shown) == 1:
+            boxes.append((0.0, max(ends), WIDTH))
+            ends = [max(ends) + height(each) + GAP] * 2
         else:
-            rows.append([each])
-    return rows
+            column = ends.index(min(ends))
+            boxes.append((column * (half + GAP), ends[column], half))
+            ends[column] += height(each) + GAP
+    return boxes, max(ends) - GAP
 
 
 def title(each: Measure | Curve) -> str:
@@ -111,6 +110,7 @@ def bars(axes: Axes, measure: Measure) -> None:
     """A bar of the median for each contender with its name and figures above, a whisker from smallest to largest."""
     names = list(measure.samples)
     every = [value for values in measure.samples.values() for value in values]
+    marks = [(goal, limit) for goal in measure.goals if (limit := shown_at(goal, measure)) is not None]
     most = max(every)
     logarithmic = min(every) > 0 and most / min(map(statistics.median, measure.samples.values())) > LOGARITHMIC
     if logarithmic:
@@ -119,7 +119,7 @@ def bars(axes: Axes, measure: Measure) -> None:
         axes.xaxis.set_major_locator(LogLocator(numticks=6))
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
-        axes.set_xlim(0, most * 1.04 or 1)
+        axes.set_xlim(0, max(most, *(limit for _, limit in marks if limit < 3 * most), 0) * 1.04 or 1)
         axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(tick))
     axes.set_ylim(len(names) - 0.25, -0.6)
@@ -143,14 +143,16 @@ def bars(axes: Axes, measure: Measure) -> None:
         axes.text(0, at - 0.24, name, transform=line, va="bottom", fontsize=8.5, fontweight=weight)
         spread = f"  ({number(min(values))} to {number(max(values))})" if len(values) > 1 else ""
         axes.text(1, at - 0.24, number(median) + spread, transform=line, va="bottom", ha="right", fontsize=8.5)
-    for goal in measure.goals:
-        against = measure.samples.get(goal.against) if goal.against else [1.0]
-        if goal.subject not in names or not against:
-            continue
-        at, limit = names.index(goal.subject), goal.limit * statistics.median(against)
+    for goal, limit in marks:
         if axes.get_xlim()[0] <= limit <= axes.get_xlim()[1]:
-            ink = MET if goal.met(measure.samples) else MISSED
+            at, ink = names.index(goal.subject), MET if goal.met(measure.samples) else MISSED
             axes.plot([limit, limit], [at - 0.27, at + 0.27], color=ink, linewidth=2, linestyle=(0, (2, 1)))
+
+
+def shown_at(goal: Goal, measure: Measure) -> float | None:
+    """The value of a goal's subject at which it is just met."""
+    against = measure.samples.get(goal.against) if goal.against else [1.0]
+    return goal.limit * statistics.median(against) if against and goal.subject in measure.samples else None
 
 
 def lines(axes: Axes, curve: Curve) -> None:

@@ -71,7 +71,9 @@ class Measure:
 
     def ratio(self, who: str) -> float | None:
         """The subject's median over that contender's; of "CONTENDER, PART" with the subject's of the same part."""
-        mine = self.samples.get(SUBJECT) or self.samples.get(f"{SUBJECT}, {who.partition(', ')[2]}")
+        words = who.split(", ")
+        parts = [SUBJECT, *(", ".join([SUBJECT, *words[at:]]) for at in range(1, len(words)))]
+        mine = next((self.samples[part] for part in parts if part in self.samples), None)
         median = statistics.median(self.samples[who])
         return statistics.median(mine) / median if mine and median and not who.startswith(SUBJECT) else None
 
