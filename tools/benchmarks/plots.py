@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import textwrap
 from collections.abc import Sequence
@@ -15,7 +16,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from .stats import SUBJECT, Curve, Goal, Measure, number
 
 #: Inches.
-WIDTH, ROW, HEAD, FOOT, GAP, EDGE, CURVE = 9.5, 0.4, 0.42, 0.28, 0.25, 0.1, 3.2
+WIDTH, ROW, HEAD, FOOT, GAP, EDGE = 9.5, 0.4, 0.42, 0.28, 0.25, 0.1
+PLOT, AXIS, LEGEND = 2.2, 0.5, 0.17  # of curves
 #: Text and lines that have the same contrast on white and on a dark page.
 INK = "#757d87"
 OURS, THEIRS = "#e8590c", "#6b8fb5"
@@ -41,10 +43,6 @@ mpl.rcParams.update(
 )
 
 
-def colour(name: str, number: int) -> str:
-    return OURS if name == SUBJECT else LINES[number % len(LINES)]
-
-
 def draw(case: str, measures: Sequence[Measure | Curve], directory: Path, suffix: str = "svg") -> Path | None:
     """Write DIRECTORY/CASE.SUFFIX, a panel for each measure; None where nothing was measured."""
     shown = [each for each in measures if each.samples]
@@ -56,15 +54,16 @@ def draw(case: str, measures: Sequence[Measure | Curve], directory: Path, suffix
     figure = Figure(figsize=(WIDTH, total))
     for each, (left, below, wide) in zip(shown, boxes, strict=True):
         top, tall = total - EDGE - below, height(each)
+        alone = wide == WIDTH
         if isinstance(each, Curve):
-            box = left + 0.6, top - tall + 0.5, wide - 3.2, tall - 0.5 - HEAD
+            box = left + 0.6, top - HEAD - PLOT, wide - (3.2 if alone else 0.7), PLOT
         else:
             box = left + EDGE, top - tall + FOOT, wide - 2 * EDGE, tall - FOOT - HEAD
         axes = figure.add_axes((box[0] / WIDTH, box[1] / total, box[2] / WIDTH, box[3] / total))
         axes.patch.set_alpha(0)
         figure.text((left + EDGE) / WIDTH, top / total, title(each), va="top", fontsize=9.5, fontweight="bold")
         if isinstance(each, Curve):
-            lines(axes, each)
+            lines(axes, each, beside=alone)
         else:
             bars(axes, each)
     if goals:
@@ -77,25 +76,21 @@ def draw(case: str, measures: Sequence[Measure | Curve], directory: Path, suffix
 
 
 def arranged(shown: Sequence[Measure | Curve]) -> tuple[list[tuple[float, float, float]], float]:
-    """For each its left edge, its top and its width, and how high all are: curves alone, the rest in two columns."""
+    """For each its left edge, top and width, and the height of all: in two columns, unless there is one alone."""
     half = (WIDTH - GAP) / 2
     ends = [0.0, 0.0]  # of the two columns
     boxes = []
     for each in shown:
-        if isinstance(each, Curve) or len(shown) == 1:
-            boxes.append((0.0, max(ends), WIDTH))
-            ends = [max(ends) + height(each) + GAP] * 2
-        else:
-            column = ends.index(min(ends))
-            boxes.append((column * (half + GAP), ends[column], half))
-            ends[column] += height(each) + GAP
+        column = ends.index(min(ends))
+        boxes.append((column * (half + GAP), ends[column], half if len(shown) > 1 else WIDTH))
+        ends[column] += height(each) + GAP
     return boxes, max(ends) - GAP
 
 
 def title(each: Measure | Curve) -> str:
     better = "less" if each.less_is_better else "more"
     unit = f"{each.unit}, " if each.unit else ""
-    return "\n".join(textwrap.wrap(f"{each.title} ({unit}{better} is better)", 120 if isinstance(each, Curve) else 58))
+    return "\n".join(textwrap.wrap(f"{each.title} ({unit}{better} is better)", 58))
 
 
 def tick(value: float, _position: int | None) -> str:
@@ -103,7 +98,9 @@ def tick(value: float, _position: int | None) -> str:
 
 
 def height(each: Measure | Curve) -> float:
-    return CURVE if isinstance(each, Curve) else HEAD + ROW * len(each.samples) + FOOT
+    if isinstance(each, Curve):
+        return HEAD + PLOT + AXIS + LEGEND * len(each.samples)
+    return HEAD + ROW * len(each.samples) + FOOT
 
 
 def bars(axes: Axes, measure: Measure) -> None:
@@ -155,16 +152,16 @@ def shown_at(goal: Goal, measure: Measure) -> float | None:
     return goal.limit * statistics.median(against) if against and goal.subject in measure.samples else None
 
 
-def lines(axes: Axes, curve: Curve) -> None:
+def lines(axes: Axes, curve: Curve, beside: bool) -> None:
     """A line through the medians of each contender, a band from smallest to largest."""
-    others = 0
+    inks, dashes = itertools.cycle(LINES), itertools.cycle(("--", ":", "-."))
     for name, points in curve.samples.items():
         xs = sorted(points)
-        ink = colour(name, others)
-        others += name != SUBJECT
+        ink = OURS if name.startswith(SUBJECT) else next(inks)
+        dash = next(dashes) if ink == OURS and name != SUBJECT else "-"
         width = 2.4 if name == SUBJECT else 1.5
         medians = [statistics.median(points[x]) for x in xs]
-        axes.plot(xs, medians, "o-", color=ink, linewidth=width, markersize=4, label=name)
+        axes.plot(xs, medians, "o", linestyle=dash, color=ink, linewidth=width, markersize=4, label=name)
         axes.fill_between(
             xs, [min(points[x]) for x in xs], [max(points[x]) for x in xs], color=ink, alpha=0.15, linewidth=0
         )
@@ -181,8 +178,10 @@ def lines(axes: Axes, curve: Curve) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(tick))
     axes.set_xlabel(curve.x)
-    axes.set_ylabel(curve.unit)
     axes.grid(color=INK, alpha=0.2, linewidth=0.6)
-    wrapped = ["\n".join(textwrap.wrap(name, 36)) for name in curve.samples]
     handles = axes.get_legend_handles_labels()[0]
-    axes.legend(handles, wrapped, loc="upper left", bbox_to_anchor=(1.01, 1.02), frameon=False, fontsize=8.5)
+    wrapped = ["\n".join(textwrap.wrap(name, 36)) if beside else name for name in curve.samples]
+    place = (1.01, 1.02) if beside else (-0.1, -(AXIS - 0.05) / PLOT)
+    axes.legend(
+        handles, wrapped, loc="upper left", bbox_to_anchor=place, frameon=False, fontsize=8.5, labelspacing=0.25
+    )
