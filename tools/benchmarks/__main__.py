@@ -17,6 +17,7 @@ from . import (  # noqa: F401  (most for their cases)
     arrival,
     capture,
     debugger,
+    faults,
     generations,
     host,
     lazy,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,19 +12,11 @@ from pathlib import Path
 from tests.vm.guest import Guest
 
 from . import peers, takeover
-from .bench import GIB, KIB, MIB, PAGE, Bench, Unavailable, bdi, pin, run, unmount
+from .bench import GIB, KIB, MIB, PAGE, Bench, Unavailable, bdi, run, unmount
 from .peers import Peer, Prepare, Served
 from .stats import Curve, Goal, Measure
 
 RAMFS, DAEMON, NBDFUSE, TMPFS = "ramfs", "storage daemon (FUSE export)", "nbdfuse + nbdkit", "tmpfs"
-
-EVERYBODY: dict[str, Peer] = {
-    RAMFS: peers.ramfs,
-    DAEMON: peers.storage_daemon,
-    NBDFUSE: peers.nbdfuse,
-    TMPFS: peers.tmpfs,
-}
-
 
 Measuring = Callable[[Bench], Sequence[Measure | Curve]]
 
@@ -97,63 +88,12 @@ def rate(size: int, seconds: float) -> float:
     return size / seconds / 1e9
 
 
-@case("fault", "cold random 4 KiB fault on a mapped file, 1 and 4 threads")
-def fault(bench: Bench) -> list[Measure]:
-    # Most of a fault's time is waking the server and the client, and that costs several times
-    # more on another core than on the same one. Which it is, the scheduler chooses anew for
-    # each run: a coin, not a figure to judge by. So the goals are for both ways, chosen by us.
-    cpus = sorted(os.sched_getaffinity(0))
-    anywhere = "1 thread, wherever the scheduler puts it"
-    kinds: dict[str, tuple[int, int | None, int | None]] = {  # threads, the client's core, the server's
-        anywhere: (1, None, None),
-        "1 thread, server on the same core": (1, cpus[0], cpus[0]),
-        "1 thread, server on another core": (1, cpus[0], cpus[-1]),
-        "4 threads": (4, None, None),
-    }
-    measures: dict[tuple[str, str], Measure] = {}
-    for kind in kinds:
-        for point in ("p50", "p99"):
-            goals = [Goal(1.0, against=DAEMON)] if point == "p50" and kind != anywhere else []
-            measures[kind, point] = Measure(f"cold random fault, {kind}, {point}", "us", goals=goals)
-    with serve(bench, EVERYBODY, dense(bench)) as up:
-        for number, name in turns(bench, list(up)):
-            at = up[name]
-            for kind, (threads, client, server) in kinds.items():
-                pin(at.pids, server)
-                seen = bench.touch(at.path, advice="random", threads=threads, seed=number + 1, cpu=client)
-                check_cold(name, seen)
-                for point in ("p50", "p99"):
-                    measures[kind, point].add(name, seen[f"{point}_us"])
-            pin(at.pids, None)
-    return list(measures.values())
-
-
 def check_cold(name: str, seen: dict[str, float]) -> None:
     """A fault that finds its page cached, or a hole, is not what these cases are about."""
     if name != TMPFS and seen["resident"] > 0.01:
         raise RuntimeError(f"{name}: {seen['resident']:.0%} of the file was still cached")
     if seen["zeros"]:
         raise RuntimeError(f"{name}: {int(seen['zeros'])} pages read as zeros")
-
-
-@case("sequential", "first touch of every page in order, mapped, nothing cached")
-def sequential(bench: Bench) -> list[Measure]:
-    same = f"{DAEMON}, with ramfs' read-ahead"
-    goals = [Goal(2.0, True, DAEMON), Goal(1.5, True, NBDFUSE)]
-    found = Measure("cold sequential touch", "GB/s", goals=goals, less_is_better=False)
-    with serve(bench, EVERYBODY, dense(bench)) as up:
-        ahead = read_ahead(up[RAMFS]) if RAMFS in up else 0
-        for number, name in turns(bench, list(up)):
-            seen = bench.touch(up[name].path, order="sequential", seed=number + 1)
-            check_cold(name, seen)
-            found.add(name, rate(bench.size, seen["seconds"]))
-            if name == DAEMON and ahead:  # what it would do if someone tuned its mount as ramfs tunes its own
-                usual = read_ahead(up[name])
-                set_read_ahead(up[name], ahead)
-                seen = bench.touch(up[name].path, order="sequential", seed=number + 1)
-                found.add(same, rate(bench.size, seen["seconds"]))
-                set_read_ahead(up[name], usual)
-    return [found]
 
 
 def read_ahead(served: Served) -> int:
@@ -163,55 +103,6 @@ def read_ahead(served: Served) -> int:
 def set_read_ahead(served: Served, kib: int) -> None:
     if served.mount:
         (bdi(served.mount) / "read_ahead_kb").write_text(f"{kib}\n")
-
-
-@case("store", "stores into a resident shared mapping, pages dirty and just flushed", quick=64)
-def store(bench: Bench) -> list[Measure]:
-    kinds = {
-        "words_dirty": "storing every word in order, pages dirty",
-        "pages_dirty": "storing one word a page in random order, pages dirty",
-        "words_flushed": "storing every word in order, after a flush",
-        "pages_flushed": "storing one word a page in random order, after a flush",
-    }
-    # After a flush the kernel takes a fault for each page before it may be stored to, which
-    # tmpfs never does and no FUSE server can avoid: told, but without a goal.
-    found = {
-        key: Measure(
-            title,
-            "GB/s" if "words" in key else "million pages/s",
-            less_is_better=False,
-            goals=[Goal(0.8, True, TMPFS)] if "dirty" in key else [],
-        )
-        for key, title in kinds.items()
-    }
-    with serve(bench, EVERYBODY, dense(bench)) as up:
-        for number, name in turns(bench, list(up)):
-            for key, seconds in bench.probe("store", up[name].path, bench.size, number + 1).items():
-                amount = rate(bench.size, seconds) if "words" in key else bench.size / PAGE / seconds / 1e6
-                found[key].add(name, amount)
-    return list(found.values())
-
-
-@case("write", "sequential write(2) into a preallocated file, and fsync")
-def write(bench: Bench) -> list[Measure]:
-    chunks = {"1 MiB": MIB, "128 KiB": 128 * KIB}
-    found = {
-        label: Measure(
-            f"write(2) in calls of {label}, with fsync",
-            "GB/s",
-            less_is_better=False,
-            goals=[Goal(1.0, True, DAEMON)],
-        )
-        for label in chunks
-    }
-    with serve(bench, EVERYBODY, dense(bench)) as up:
-        for number, name in turns(bench, list(up)):
-            for label, chunk in chunks.items():
-                seen = bench.probe("write", up[name].path, bench.size, chunk, number + 1)
-                found[label].add(name, rate(bench.size, seen["write"] + seen["fsync"]))
-        for name, at in up.items():  # what was written must be there
-            check_cold(name, bench.touch(at.path, order="sequential"))
-    return list(found.values())
 
 
 @case("clone", "cp -r of a directory with 16 GiB of block file; reflink, overlay, plain copy")
@@ -301,15 +192,15 @@ def tmpfs_directory(bench: Bench, prepare: Prepare) -> Iterator[Served]:
 
 
 @contextmanager
-def disk(bench: Bench) -> Iterator[Path]:
-    """XFS with reflinks, on a loop device over a file on tmpfs: a disk that is no slower than memory."""
-    image, point = bench.fresh("xfs.img"), bench.fresh("xfs")
+def disk(bench: Bench, kind: str = "xfs") -> Iterator[Path]:
+    """XFS or btrfs, with reflinks, on a loop device over a file on tmpfs: a disk that is no slower than memory."""
+    image, point = bench.fresh(f"{kind}.img"), bench.fresh(kind)
     point.mkdir()
     with ExitStack() as stack:
         stack.callback(image.unlink, missing_ok=True)
         with image.open("wb") as file:
             file.truncate(20 * GIB)
-        run(["mkfs.xfs", "-q", "-m", "reflink=1", image])
+        run([f"mkfs.{kind}", "-q", image])
         run(["mount", "-o", "loop", image, point])
         stack.callback(unmount, point)
         yield point
@@ -415,41 +306,6 @@ def resident(pid: int, kind: str = "Rss") -> dict[str, float]:
             path = ANONYMOUS if head[1].startswith("[") else head[1]
         elif line.startswith(f"{kind}:"):
             found[path] = found.get(path, 0.0) + int(line.split()[1]) / KIB
-    return found
-
-
-@case("storm", "first stores to every page of an empty shared file, as a booting guest does")
-def storm(bench: Bench) -> list[Measure]:
-    found = Measure("first stores to an empty file", "GB/s", less_is_better=False)
-    worst = Measure("the longest single store", "ms")
-    contenders = {name: EVERYBODY[name] for name in (RAMFS, DAEMON, TMPFS)}
-    for number in bench.each_round():
-        for name, peer in contenders.items():
-            with serve(bench, {name: peer}, lambda path: empty(path, bench.size)) as up:
-                if name in up:
-                    seen = bench.touch(up[name].path, order="sequential", access="write", seed=number + 1)
-                    found.add(name, rate(bench.size, seen["seconds"]))
-                    worst.add(name, seen["max_us"] / 1e3)
-    return [found, worst]
-
-
-def empty(path: Path, size: int) -> None:
-    with path.open("wb") as file:
-        file.truncate(size)
-
-
-@case("resume", "one page in every 64 KiB in random order with MADV_HUGEPAGE, as a resumed QEMU")
-def resume(bench: Bench) -> list[Measure]:
-    found: list[Measure] = []
-    with serve(bench, EVERYBODY, dense(bench)) as up:
-        for more, access in ((1, "read"), (0, "write")):
-            total = Measure(f"resume, {access} faults, until all is touched", "ms")
-            p99 = Measure(f"resume, {access} faults, p99", "us")
-            for number, name in turns(bench, list(up), more):
-                seen = bench.touch(up[name].path, access=access, advice="huge", seed=number + 1)
-                total.add(name, seen["seconds"] * 1e3)
-                p99.add(name, seen["p99_us"])
-            found += [total, p99]
     return found
 
 

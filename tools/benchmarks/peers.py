@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,38 +50,64 @@ def tmpfs(bench: Bench, prepare: Prepare) -> Iterator[Served]:
 
 
 @contextmanager
-def storage_daemon(bench: Bench, prepare: Prepare) -> Iterator[Served]:
-    """qemu-storage-daemon's FUSE export of a raw file.
+def _exported(bench: Bench, node: str) -> Iterator[Served]:
+    """qemu-storage-daemon's FUSE export of a node.
 
     Its attributes change at every look, and it keeps no cache across opens, so the probes
     open it once and never stat it. io_uring was faster than its thread pool where tried.
     """
-    with tmpfs(bench, prepare) as raw:
-        point = bench.fresh("storage-daemon")
-        point.touch()
-        node = f"driver=file,node-name=ram,filename={raw.path},aio=io_uring"
-        export = f"type=fuse,id=ram,node-name=ram,mountpoint={point},writable=on"
-        command = ["qemu-storage-daemon", "--blockdev", node, "--export", export]
-        try:
-            with serving(command, lambda: mounted(point)) as pid:
-                yield Served(point, [pid], point)
-        finally:
-            unmount(point)
+    point = bench.fresh("storage-daemon")
+    point.touch()
+    export = f"type=fuse,id=ram,node-name=ram,mountpoint={point},writable=on"
+    command = ["qemu-storage-daemon", "--blockdev", f"node-name=ram,{node}", "--export", export]
+    try:
+        with serving(command, lambda: mounted(point)) as pid:
+            yield Served(point, [pid], point)
+    finally:
+        unmount(point)
 
 
 @contextmanager
-def nbdfuse(bench: Bench, prepare: Prepare) -> Iterator[Served]:
-    """nbdfuse over nbdkit's file plugin, through a Unix socket."""
+def storage_daemon(bench: Bench, prepare: Prepare) -> Iterator[Served]:
+    """A raw file, exported."""
+    with tmpfs(bench, prepare) as raw, _exported(bench, f"driver=file,filename={raw.path},aio=io_uring") as served:
+        yield served
+
+
+@contextmanager
+def storage_daemon_overlay(bench: Bench, prepare: Prepare) -> Iterator[Served]:
+    """A qcow2 overlay of a raw file, exported."""
+    overlay = bench.fresh("overlay.qcow2")
+    with tmpfs(bench, prepare) as raw, ExitStack() as stack:
+        stack.callback(overlay.unlink, missing_ok=True)
+        run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", raw.path, "-F", "raw", overlay])
+        below = "backing.driver=raw,backing.file.driver=file"
+        backing = f"{below},backing.file.filename={raw.path},backing.file.aio=io_uring"
+        node = f"driver=qcow2,file.driver=file,file.filename={overlay},file.aio=io_uring,{backing}"
+        yield stack.enter_context(_exported(bench, node))
+
+
+@contextmanager
+def nbdfuse(bench: Bench, prepare: Prepare, *options: str) -> Iterator[Served]:
+    """nbdfuse over nbdkit's file plugin, through a Unix socket; with filters and what they are told, by options."""
     with tmpfs(bench, prepare) as raw:
         socket, point = bench.fresh("nbd.sock"), bench.fresh("nbdfuse")
         point.mkdir()
-        server = ["nbdkit", "--foreground", "--unix", str(socket), "file", str(raw.path)]
+        filters = [word for word in options if word.startswith("--")]
+        told = [word for word in options if word not in filters]
+        # Filters that keep pages do so in a file there.
+        kit = ["env", f"TMPDIR={bench.scratch}", "nbdkit", "--foreground", "--unix", str(socket)]
+        server = [*kit, *filters, "file", str(raw.path), *told]
         client = ["nbdfuse", f"{point}/ram", "--unix", str(socket)]
-        with serving(server, socket.exists) as kit, serving(client, lambda: mounted(point)) as fuse:
+        with serving(server, socket.exists) as server_pid, serving(client, lambda: mounted(point)) as client_pid:
             try:
-                yield Served(point / "ram", [kit, fuse], point)
+                yield Served(point / "ram", [server_pid, client_pid], point)
             finally:
                 unmount(point)
+
+
+def nbdfuse_with(*options: str) -> Peer:
+    return lambda bench, prepare: nbdfuse(bench, prepare, *options)
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,11 @@ int main(int argc, char **argv) {
     double words_dirty = words(state + 1), pages_dirty = pages(state + 2);
     flush();
     double words_flushed = words(state + 3);
+    uint64_t before = now_ns();
     flush();
+    double msync_all = (now_ns() - before) / 1e9;
     double pages_flushed = pages(state + 4);
-    printf("{\"words_dirty\": %.6f, \"pages_dirty\": %.6f, \"words_flushed\": %.6f, \"pages_flushed\": %.6f}\n",
-           words_dirty, pages_dirty, words_flushed, pages_flushed);
+    printf("{\"words_dirty\": %.6f, \"pages_dirty\": %.6f, \"words_flushed\": %.6f, \"msync\": %.6f,"
+           " \"pages_flushed\": %.6f}\n",
+           words_dirty, pages_dirty, words_flushed, msync_all, pages_flushed);
 }
