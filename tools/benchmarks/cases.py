@@ -311,10 +311,10 @@ def resident(pid: int, kind: str = "Rss") -> dict[str, float]:
 
 @case(
     "takeover",
-    "kill -9 of the daemon, and ramfs upgrade, under loads that check every byte; 120 times, 8 with --quick",
+    "kill -9 of the daemon, and ramfs upgrade, under loads that check every byte; 120 times, 6 with --quick",
 )
 def taken_over(bench: Bench) -> list[Measure]:
-    kills, upgrades = (6, 2) if bench.quick else (100, 20)
+    kills, upgrades = (4, 2) if bench.quick else (100, 20)
     with ExitStack() as stack:
         mounts = [stack.enter_context(peers.ramfs_mount(bench)) for _ in range(3)]
         directory = mounts[2].root / "guest"

@@ -17,7 +17,11 @@ CACHED = "ramfs, native=off"
 STEP = 16  # pages for each touch in random order: see touch.c
 
 
-@case("native", "a frozen file as a dense clone maps it: faults, copies on write, memory of 8 clones; native and not")
+@case(
+    "native",
+    "a frozen file as a dense clone maps it: faults, copies on write, memory of 8 clones; native and not",
+    quick=128,
+)
 def native(bench: Bench) -> list[Measure]:
     p50 = Measure("cold random fault of a frozen file, p50", "us", goals=[Goal(1.0, against=CACHED)])
     p99 = Measure("cold random fault of a frozen file, p99", "us")
@@ -63,7 +67,9 @@ def forget(place: Path) -> None:
 
 
 @case(
-    "live", "a live file on XFS as a guest maps it: faults from the disk, stores; native, cached, and the file itself"
+    "live",
+    "a live file on XFS as a guest maps it: faults from the disk, stores; native, cached, and the file itself",
+    quick=128,
 )
 def live(bench: Bench) -> list[Measure]:
     p50 = Measure("fault of a live file that is on the disk alone, random, p50", "us")

@@ -31,8 +31,8 @@ QEMU, BACK = "QEMU's postcopy-ram", "ramfs, and back again"
 WAITING = {"handle_userfault", "request_wait_answer", "__fuse_simple_request", "fuse_simple_request"}
 #: Seconds between two looks at whether a thread waits.
 LOOK = 0.002
-#: MiB of the guest, and how much of that it has filled.
-SIZE, USED = 1024, 300
+#: MiB of the guest, and how much of that it has filled; the same with --quick.
+FULL, QUICK = (1024, 300), (512, 100)
 
 
 def free_port() -> int:
@@ -82,16 +82,16 @@ class Waits:
         return self._seconds[asyncio.run(ask())]
 
 
-def by_qemu(bench: Bench) -> dict[str, float]:
+def by_qemu(bench: Bench, size: int, used: int) -> dict[str, float]:
     """What it takes, in ms and bytes."""
     port = free_port()
     with ExitStack() as stack:
         paths = [bench.fresh("ram") for _ in range(2)]
         for path in paths:
             stack.callback(path.unlink, missing_ok=True)
-        source = stack.enter_context(Guest(paths[0], mib=SIZE, boot=f"fill=1:{USED}"))
+        source = stack.enter_context(Guest(paths[0], mib=size, boot=f"fill=1:{used}"))
         source.wait_for_line("= filled", PATIENCE)
-        target = stack.enter_context(Guest(paths[1], mib=SIZE, incoming=True))
+        target = stack.enter_context(Guest(paths[1], mib=size, incoming=True))
         for guest, names in ((source, ["postcopy-ram"]), (target, ["postcopy-ram", "postcopy-blocktime"])):
             capabilities = [{"capability": name, "state": True} for name in names]
             guest.qmp("migrate-set-capabilities", capabilities=capabilities)
@@ -193,7 +193,11 @@ class Moving:
         return (self.room / "log").read_text()
 
 
-@case("postcopy", f"a guest of {SIZE} MiB, {USED} in use, to another host and back, its memory after it")
+@case(
+    "postcopy",
+    f"a guest of {FULL[0]} MiB, {FULL[1]} in use, to another host and back, its memory after it;"
+    f" {QUICK[0]} and {QUICK[1]} with --quick",
+)
 def postcopy(bench: Bench) -> list[Measure]:
     found = {
         "runs": Measure("until the destination runs", "ms", goals=[Goal(1.0, against=QEMU)]),
@@ -211,13 +215,14 @@ def postcopy(bench: Bench) -> list[Measure]:
         for key, value in seen.items():
             found[key].add(name, value / MIB if key == "bytes" else value)
 
+    size, used = QUICK if bench.quick else FULL
     for _ in bench.each_round():
-        note(QEMU, by_qemu(bench))
+        note(QEMU, by_qemu(bench, size, used))
         with ExitStack() as stack:
             hosts = [stack.enter_context(peers.ramfs_mount(bench)) for _ in range(2)]
             home, there, back = hosts[0].root / "vm", hosts[1].root / "vm", hosts[0].root / "vm.back"
             home.mkdir()
-            guest = stack.enter_context(Guest(home / "ram", mib=SIZE, boot=f"fill=1:{USED}"))
+            guest = stack.enter_context(Guest(home / "ram", mib=size, boot=f"fill=1:{used}"))
             guest.wait_for_line("= filled", PATIENCE)
             moved = Moving(bench, stack, guest.socket, guest.command, home, there)
             note(RAMFS, moved.go(hosts[1]))

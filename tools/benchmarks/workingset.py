@@ -82,7 +82,10 @@ def workingset(bench: Bench) -> list[Measure]:
         here, there = (stack.enter_context(peers.ramfs_mount(bench)) for _ in range(2))
         snapshots = stack.enter_context(frozen(bench, here))
         recorded = snapshots / "warm" / NAME
-        for _, name in turns(bench, [WITHOUT, WITH, FAR, FAR_WITH, WARM]):
+        contenders = [WITHOUT, WITH, FAR, FAR_WITH, WARM]
+        if bench.quick:
+            contenders.remove(FAR_WITH)
+        for _, name in turns(bench, contenders):
             if name == WITHOUT:
                 recorded.unlink(missing_ok=True)
             place = (here if name in (WITHOUT, WITH) else there).root / bench.fresh("vm").name
