@@ -90,6 +90,15 @@ def chosen(options: argparse.Namespace) -> Sequence[str]:
     return [name for name, each in CASES.items() if each.when == ALWAYS or (each.when != ASKED and not options.quick)]
 
 
+def command(options: argparse.Namespace) -> str:
+    """What has to be given to measure the same again."""
+    words = ["tools/bench"] + ["--quick"] * options.quick
+    for name in ("rounds", "size"):
+        if given := getattr(options, name):
+            words += [f"--{name}", str(given)]
+    return " ".join([*words, *(f"--only {name}" for name in options.only or ())])
+
+
 def measure(options: argparse.Namespace, ramfs: Sequence[str], document: dict[str, Any]) -> None:
     """Run the cases; what each has found is in the document as soon as it is over."""
     begun = time.monotonic()
@@ -173,7 +182,7 @@ def measured(options: argparse.Namespace) -> int:
     facts = machine(ramfs)
     document: report.Document = {
         "machine": facts,
-        "commands": [shlex.join(["tools/bench", *sys.argv[1:]])],
+        "commands": [command(options)],
         "cases": {},
         "missing": {},
     }

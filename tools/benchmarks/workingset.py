@@ -18,7 +18,7 @@ from .peers import Mounted
 from .stats import Goal, Measure
 
 WITHOUT, WITH = "ramfs, nothing recorded", "ramfs"
-FAR, FAR_WITH, WARM = "over NBD, nothing recorded", "over NBD", "over NBD, pull --warm"
+FAR, FAR_WITH, WARM = (f"ramfs, over NBD{how}" for how in (", nothing recorded", "", ", pull --warm"))
 #: MiB of the guest, and how much of that it has filled.
 SIZE, USED = 256, 64
 #: A server that is some way off, as filters of nbdkit: bits a second, and how long each read takes besides.
