@@ -27,7 +27,7 @@ from mount.posix import PAGE, opened, page_counts, page_of, pattern, read
 
 pytestmark = needs_root
 
-STEPS = int(os.environ.get("RAMFS_KILL_STEPS", "6"))
+STEPS = int(os.environ.get("RAMFS_KILL_STEPS", "4"))
 CALLS = "pwrite64,fdatasync,fsync,openat,ftruncate,unlink,rename,copy_file_range,fallocate,close"
 MB = 1 << 20
 

@@ -30,7 +30,7 @@ from ramfs.store.repair import check_store
 from ramfs.store.store import Store
 from ramfs.units import PAGE, ROOT, SNAP_BIT, InodeNumber
 
-EXAMPLES = int(os.environ.get("RAMFS_MODEL_EXAMPLES", "200"))
+EXAMPLES = int(os.environ.get("RAMFS_MODEL_EXAMPLES", "120"))
 #: A table chunk is 1024 pages: files reach a little beyond one, and the pages around its end are busiest.
 LARGEST = 1027 * PAGE
 

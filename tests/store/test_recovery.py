@@ -19,7 +19,7 @@ from ramfs.store.repair import check_store
 from ramfs.units import PAGE
 
 SCRIPT = Path(__file__).with_name("killed.py")
-STRIDE = 1 if os.environ.get("RAMFS_KILL_ALL") else 7
+STRIDE = 1 if os.environ.get("RAMFS_KILL_ALL") else 11
 
 
 def read(kit: Kit, path: str) -> bytes | None:
