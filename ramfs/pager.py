@@ -544,7 +544,9 @@ class Pager:
     def _share_pages(self, source: Image, target: Image, first: int, stop: int, shift: int) -> None:
         """Let target pages ``[first, stop)`` name what the source has ``shift`` pages further on."""
         regions = list(source.table.regions(first=first + shift, stop=stop + shift))
-        parts = [(low - shift, source.table.entries[low:high].copy()) for low, high in regions]
+        parts = [(low - shift, source.table.entries[low:high]) for low, high in regions]
+        if shift or source is target:  # else they are written to the target's table from where they are
+            parts = [(low, entries.copy()) for low, entries in parts]
         live = source.live
         with self.store.catalog.transaction():
             if source.frozen and first == 0 == shift:

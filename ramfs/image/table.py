@@ -8,6 +8,7 @@ Beside the entries stand two bits for each *chunk* of 1024 pages (4 KiB of table
 and ``stale`` (it changed since the durable copy of the table was written, see store/images.py).
 """
 
+import contextlib
 import mmap
 from collections.abc import Iterator
 from typing import Final
@@ -51,6 +52,11 @@ def equal_runs(entries: Entries) -> list[tuple[int, int, LayerId]]:
     return list(zip(starts, stops, values, strict=True))
 
 
+def as_bytes(entries: Entries) -> memoryview:
+    """The bytes of entries as a file has them, not copied where memory has them so, as it does in a table."""
+    return entries.astype("<u4", copy=False).data.cast("B")
+
+
 class PageTable:
     """A growable array of layer numbers, zero where nothing was ever written.
 
@@ -85,10 +91,19 @@ class PageTable:
             del old
             memory.resize(size)  # mremap: moves page table entries, not bytes
         self._memory = memory
-        self.entries = np.frombuffer(memory, np.uint32)
+        self.entries = np.frombuffer(memory, "<u4")
         self.capacity = chunks * CHUNK
         self.touched = np.concatenate([self.touched, np.zeros(chunks - len(self.touched), np.bool_)])
         self.stale = np.concatenate([self.stale, np.zeros(chunks - len(self.stale), np.bool_)])
+
+    def expect_all(self) -> None:
+        """Nearly all entries are about to be stored: huge pages then cost a fraction of the faults and no memory.
+
+        For the whole mapping or none of it, as one that consists of several kinds cannot grow.
+        """
+        with contextlib.suppress(OSError):  # a kernel without them
+            if self._memory is not None:
+                self._memory.madvise(mmap.MADV_HUGEPAGE)
 
     def mark(self, first: int, stop: int) -> None:
         """Note that entries ``[first, stop)`` changed, or are about to."""

@@ -105,6 +105,13 @@ def read_exactly(fd: int, length: int, offset: int) -> bytes:
     return b"".join(parts)
 
 
+def read_into(fd: int, target: memoryview, offset: int) -> None:
+    """pread(2) into all of ``target``, which has bytes; what lies behind the end of the file is left as it was."""
+    while len(target) and (done := os.preadv(fd, [target], offset)):
+        target = target[done:]
+        offset += done
+
+
 def data_extents(fd: int, start: int = 0) -> Iterator[tuple[int, int]]:
     """Byte ranges of a file that are not holes, by SEEK_DATA and SEEK_HOLE."""
     end = os.fstat(fd).st_size

@@ -26,11 +26,11 @@ import numpy as np
 import xxhash
 
 from ramfs.errors import FileError, StoreDamaged
-from ramfs.image.table import ENTRY, Entries, PageTable
+from ramfs.image.table import ENTRY, Entries, PageTable, as_bytes
 from ramfs.image.working_set import RECORD, Records, empty
 from ramfs.store.behind import Behind
 from ramfs.store.catalog import Catalog
-from ramfs.store.files import data_extents, read_exactly, sync_data, sync_directory, write_all
+from ramfs.store.files import data_extents, read_exactly, read_into, sync_data, sync_directory, write_all
 from ramfs.store.layers import Layer, Layers
 from ramfs.store.presence import write_kept
 from ramfs.store.reflink import Cloned, entries_of
@@ -85,11 +85,14 @@ def load_table(fd: int, path: str) -> tuple[Header, PageTable]:
     header = unpack_header(read_exactly(fd, _FIELDS.size + _CHECK.size, 0), path)
     count = pages(header.size)
     table = PageTable(count)
-    for start, stop in data_extents(fd, HEADER):
+    extents = list(data_extents(fd, HEADER))
+    if sum(stop - start for start, stop in extents) >= count * ENTRY // 8 * 7:
+        table.expect_all()
+    for start, stop in extents:
         low = (start - HEADER) // ENTRY
         high = min((stop - HEADER) // ENTRY, count)
         if low < high:
-            table.entries[low:high] = np.frombuffer(read_exactly(fd, (high - low) * ENTRY, start), "<u4")
+            read_into(fd, as_bytes(table.entries[low:high]), start)
             table.mark(low, high)
     table.stale[:] = False
     return header, table
@@ -239,7 +242,7 @@ class Image:
 
     def _write_entries(self, first: int, entries: Entries) -> None:
         try:
-            write_all(self.fd, entries.astype("<u4").tobytes(), HEADER + first * ENTRY)
+            write_all(self.fd, as_bytes(entries), HEADER + first * ENTRY)
         except OSError:
             # What was written beyond the end of the file must not be there when the file grows.
             os.ftruncate(self.fd, self._length)
@@ -780,7 +783,7 @@ class Images:
         table = image.table
         stale = table.stale.copy()
         for first, stop in table.regions(table.touched if image.doubtful else stale):
-            parts.append((HEADER + first * ENTRY, table.entries[first:stop].astype("<u4").tobytes()))
+            parts.append((HEADER + first * ENTRY, bytes(as_bytes(table.entries[first:stop]))))
         table.stale[:] = False
         image.header_stale = False
         job.writes.append((self.path(image.id, "durable"), image.doubtful, table_length(image.size), parts))
