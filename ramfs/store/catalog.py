@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from ramfs.errors import StoreBusy, StoreDamaged, StoreError, StoreVersion
-from ramfs.store.files import sync_directory
+from ramfs.store.files import is_memory, sync_directory
 
 #: Changes with every change of the format that an older program could misread.
 FORMAT_VERSION: Final = 1
@@ -171,6 +171,9 @@ class Catalog:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.execute("PRAGMA foreign_keys=ON")
+            if is_memory(path):
+                # 256 KiB instead of 4 MiB: there is no disk that a checkpoint would have to wait for.
+                self._db.execute("PRAGMA wal_autocheckpoint=64")
             self._check_version()
         except sqlite3.OperationalError as exc:
             self._db.close()
