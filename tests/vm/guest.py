@@ -69,7 +69,7 @@ class Usage:
 
 
 class Guest:
-    """One QEMU with RAM in `memory`: a file, or a directory in which QEMU makes its own.
+    """One QEMU with RAM in `memory`: a file, a directory in which QEMU makes its own, or None for no file at all.
 
     `style` tells how QEMU gets it: as a memory backend, or by the option -mem-path, which maps privately.
     With `incoming` the guest waits for `load`. `boot` is added to the kernel command line; `args` to QEMU's, `env` to
@@ -78,7 +78,7 @@ class Guest:
 
     def __init__(
         self,
-        memory: Path,
+        memory: Path | None,
         *,
         style: Style = "backend",
         share: bool = True,
@@ -96,7 +96,9 @@ class Guest:
         command = ["qemu-system-x86_64", "-accel", "tcg", "-m", str(mib), "-display", "none", "-nodefaults"]
         command += ["-no-user-config", "-no-reboot", "-serial", "stdio"]
         command += ["-qmp", f"unix:{self.socket},server=on,wait=off"]
-        if style == "backend":
+        if memory is None:
+            command += ["-machine", "pc"]
+        elif style == "backend":
             backend = f"memory-backend-file,id=pc.ram,size={mib}M,mem-path={memory}"
             command += ["-object", f"{backend},share={'on' if share else 'off'}"]
             command += ["-machine", "pc,memory-backend=pc.ram"]

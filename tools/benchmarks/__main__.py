@@ -16,8 +16,10 @@ from typing import Any, NoReturn
 from . import (  # noqa: F401  (most for their cases)
     arrival,
     capture,
+    clones,
     debugger,
     faults,
+    fleets,
     generations,
     host,
     lazy,

@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.vm.guest import Guest
 
 from . import peers, takeover
-from .bench import GIB, KIB, MIB, PAGE, Bench, Unavailable, bdi, run, unmount
+from .bench import GIB, KIB, PAGE, Bench, Unavailable, bdi, run, unmount
 from .peers import Peer, Prepare, Served
 from .stats import Curve, Goal, Measure
 
@@ -44,15 +44,15 @@ def case(name: str, about: str, when: str = ALWAYS, quick: int = 256) -> Callabl
     return register
 
 
-def digests(served: Served) -> int:
+def digests(store: Path | None) -> int:
     """Bytes of the digests of sealed layers: of the pages, not of the copies. Only ramfs has them."""
-    return sum(path.stat().st_blocks * 512 for path in served.store.glob("layers/*.xxh3")) if served.store else 0
+    return sum(path.stat().st_blocks * 512 for path in store.glob("layers/*.xxh3")) if store else 0
 
 
 def made_digests(served: Served) -> int:
     """The same, once they are made."""
     deadline = time.monotonic() + 30
-    while not (made := digests(served)) and time.monotonic() < deadline:
+    while not (made := digests(served.store)) and time.monotonic() < deadline:
         time.sleep(0.2)
     return made
 
@@ -105,90 +105,11 @@ def set_read_ahead(served: Served, kib: int) -> None:
         (bdi(served.mount) / "read_ahead_kb").write_text(f"{kib}\n")
 
 
-@case("clone", "cp -r of a directory with 16 GiB of block file; reflink, overlay, plain copy")
-def clone(bench: Bench) -> list[Measure]:
-    size = 16 * GIB
-    # A guest that uses huge pages fills its memory in runs of 2 MiB; one that does not, in smaller ones.
-    much = f"{bench.size // MIB:,} MiB"
-    reference, small = f"{much} resident", "64 MiB resident"
-    layouts = {
-        reference: (bench.size, 2 * MIB),
-        small: (64 * MIB, 2 * MIB),
-        f"{much} in runs of 64 KiB": (bench.size, 64 * KIB),
-    }
-    subject = f"{RAMFS}, {reference}"
-    took = Measure(
-        "clone 16 GiB",
-        "ms",
-        goals=[Goal(200.0, subject=subject), Goal(2.0, against=f"{RAMFS}, {small}", subject=subject)],
-    )
-    grew = Measure(
-        "growth of the store by a copy, of what is resident (without digests)",
-        "%",
-        goals=[Goal(0.5, subject=f"{RAMFS}, {label}", worst_round=True) for label in (reference, small)],
-    )
-
-    hashed = Measure("digests of what the first copy sealed, made once some seconds later, of what is resident", "%")
-
-    for index, (label, (resident, part)) in enumerate(layouts.items()):
-        stride = size * part // resident
-        prepare = filler(bench, size, part, stride)
-        contenders: dict[str, Peer] = {RAMFS: peers.ramfs}
-        if label != small:
-            contenders |= {TMPFS: tmpfs_directory, XFS: xfs_directory, OVERLAY: peers.tmpfs}
-        with serve(bench, contenders, prepare) as up:
-            for number, name in turns(bench, list(up), len(layouts) - index - 1):
-                source, copy = up[name].path, up[name].path.parent.with_name(f"copy-{number}")
-                before = allocated(up[name]) - digests(up[name])
-                if name == OVERLAY:
-                    copy = bench.fresh("overlay.qcow2")
-                    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", source, "-F", "raw", copy]
-                elif name == XFS:
-                    command = ["cp", "-r", "--reflink=always", source.parent, copy]
-                else:
-                    command = ["cp", "-r", source.parent, copy]
-                begun = time.perf_counter()
-                run([str(word) for word in command])
-                took.add(f"{name}, {label}", (time.perf_counter() - begun) * 1e3)
-                if name == RAMFS:
-                    time.sleep(1)  # what the daemon does behind the answer counts too
-                    after = allocated(up[name]) - digests(up[name])
-                    grew.add(f"{name}, {label}", 100 * (after - before) / resident)
-                    check_copy(bench, source, copy / source.name, size)
-                run(["rm", "-rf", copy])
-            hashed.add(f"{RAMFS}, {label}", 100 * made_digests(up[RAMFS]) / resident)
-    return [took, grew, hashed]
-
-
-def check_copy(bench: Bench, source: Path, copy: Path, size: int) -> None:
-    """Look at the same random pages of both, as comparing 16 GiB takes too long."""
-    seen = [bench.touch(path, advice="random", size=size, step=MIB // PAGE)["zeros"] for path in (source, copy)]
-    if seen[0] != seen[1]:
-        raise RuntimeError(f"of the same pages {seen[0]:.0f} are zeros in the source and {seen[1]:.0f} in the copy")
-
-
-XFS, OVERLAY = "cp --reflink on XFS", "qemu-img create, overlay"
+XFS = "cp --reflink on XFS"
 
 
 def filler(bench: Bench, size: int, run_bytes: int, stride: int) -> Prepare:
     return lambda path: bench.fill(path, size, run_bytes, stride)
-
-
-def allocated(served: Served) -> int:
-    """Bytes that the store really takes; only ramfs has one."""
-    return int(run(["du", "-s", "--block-size=1", served.store]).split()[0]) if served.store else 0
-
-
-@contextmanager
-def tmpfs_directory(bench: Bench, prepare: Prepare) -> Iterator[Served]:
-    place = bench.fresh("tmpfs")
-    (place / "vm").mkdir(parents=True)
-    block = place / "vm" / peers.BLOCK_FILE
-    prepare(block)
-    try:
-        yield Served(block)
-    finally:
-        run(["rm", "-rf", place])
 
 
 @contextmanager
@@ -214,42 +135,6 @@ def xfs_directory(bench: Bench, prepare: Prepare) -> Iterator[Served]:
         prepare(block)
         run(["sync", "-f", point])
         yield Served(block, mount=point)
-
-
-@case("chain", "reads after 50 generations of 1 % against a flat file of the same contents")
-def chain(bench: Bench) -> list[Measure]:
-    generations = 50
-    old, flat = f"{RAMFS}, 50 generations", f"{RAMFS}, flat"
-    goals = [Goal(1.2, subject=old, against=flat)]
-    found = {
-        "seconds": Measure("cold sequential read, whole file", "ms", goals=goals),
-        "p50_us": Measure("cold random fault, p50", "us", goals=goals),
-        "p99_us": Measure("cold random fault, p99", "us"),
-    }
-    made = Measure("time of one snapshot", "ms")
-    with serve(bench, {RAMFS: peers.ramfs}, dense(bench)) as up:
-        if RAMFS not in up:
-            return []
-        block = up[RAMFS].path
-        for number in range(generations):
-            bench.scatter(block, bench.size, bench.size // PAGE // 100, number + 1)
-            begun = time.perf_counter()
-            (block.parent / ".snap" / f"g{number}").mkdir()
-            made.add(RAMFS, (time.perf_counter() - begun) * 1e3)
-        (block.parent.parent / "flat").mkdir()
-        plain = block.parent.parent / "flat" / peers.BLOCK_FILE
-        run(["dd", f"if={block}", f"of={plain}", "bs=1M", "conv=fsync", "status=none"])
-        run(["cmp", block, plain])
-        files = {old: block, flat: plain}
-        for number, name in turns(bench, list(files)):
-            whole = bench.touch(files[name], order="sequential")
-            random = bench.touch(files[name], advice="random", seed=number + 1)
-            for seen in (whole, random):
-                check_cold(name, seen)
-            found["seconds"].add(name, whole["seconds"] * 1e3)
-            found["p50_us"].add(name, random["p50_us"])
-            found["p99_us"].add(name, random["p99_us"])
-    return [*found.values(), made]
 
 
 @case("memory", "what supervisor and daemons have for themselves with 17 GiB of images touched; 5 GiB with --quick")
