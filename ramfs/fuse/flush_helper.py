@@ -26,6 +26,7 @@ import os
 import select
 import signal
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
@@ -124,14 +125,18 @@ def read_ahead(
         if fd >= 0:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             step = _ahead(device)
-            under_way: list[tuple[int, int]] = []
+            under_way: deque[tuple[int, int]] = deque()
+            asked = 0  # bytes of these
             for offset, length in parts:
                 for end in range(offset + length, offset, -step):
                     at = max(offset, end - step)
                     os.posix_fadvise(fd, at, end - at, os.POSIX_FADV_WILLNEED)
                     under_way.append((at, end - at))
-                    while sum(count for _, count in under_way[1:]) > _UNDER_WAY:
-                        os.pread(fd, 1, sum(under_way.pop(0)) - 1)  # waits for its last page
+                    asked += end - at
+                    while asked - under_way[0][1] > _UNDER_WAY:
+                        first = under_way.popleft()
+                        asked -= first[1]
+                        os.pread(fd, 1, sum(first) - 1)  # waits for its last page
             if under_way:
                 os.pread(fd, 1, sum(under_way[-1]) - 1)
         return (fd >= 0,)
