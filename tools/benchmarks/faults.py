@@ -272,13 +272,14 @@ def restore(bench: Bench) -> list[Measure]:
                 seconds = bring_back(clone / peers.BLOCK_FILE, bench.size, recorded)
                 run(["rm", "-r", clone])
                 each = seconds / page_count(recorded)
-            elif name == NATIVE:
-                frozen = sets[FROM_AROUND] / peers.BLOCK_FILE
-                seconds = bench.touch(frozen, access="private", step=STEP, seed=number + 1)["seconds"]
-                each = seconds / (bench.size // PAGE // STEP)
             else:
-                seen = userfault(bench, plain, number, client=cpus[0], server=cpus[0])
-                seconds, each = seen["seconds"], seen["p50_us"] / 1e6
+                if name == NATIVE:
+                    frozen = sets[FROM_AROUND] / peers.BLOCK_FILE
+                    seen = bench.touch(frozen, access="private", step=STEP, seed=number + 1)
+                else:
+                    seen = userfault(bench, plain, number, client=cpus[0], server=cpus[0])
+                seconds = seen["seconds"]
+                each = seconds / (bench.size // PAGE // STEP)
             found.add(name, each * 1e6)
             total.add(name, seconds * 1e3)
     return [found, total]
