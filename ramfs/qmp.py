@@ -44,7 +44,7 @@ GREETING = 5.0
 _ATTEMPTS, _PAUSE = 5, 0.05
 
 #: The name under which QEMU keeps the descriptor of the state.
-_FD_NAME = "ramfs-state"
+FD_NAME = "ramfs-state"
 
 #: The shortest and longest pause between two looks at a migration, in seconds.
 _LOOK = (0.001, 0.02)
@@ -130,12 +130,12 @@ class Qmp:
             if bandwidth is not None:
                 # QEMU holds migrations to 128 MiB/s, for the sake of a network that is not used here.
                 await self.execute("migrate-set-parameters", {"max-bandwidth": 1 << 40})
-            await self._hand_over(fd)
+            await self.hand_over(fd)
             try:
-                await self.execute("migrate", {"uri": f"fd:{_FD_NAME}"})
+                await self.execute("migrate", {"uri": f"fd:{FD_NAME}"})
             except QmpRefused as error:
                 with contextlib.suppress(QmpError):
-                    await self.execute("closefd", {"fdname": _FD_NAME})
+                    await self.execute("closefd", {"fdname": FD_NAME})
                 raise QmpError(f"QEMU refuses to save the guest: {error.reason}") from error
             await self._finished()
         except asyncio.CancelledError:
@@ -192,11 +192,11 @@ class Qmp:
         except OSError as error:
             raise QmpError(f"cannot read the state {os.fspath(path)}: {error.strerror}") from error
         try:
-            await self._hand_over(fd)
+            await self.hand_over(fd)
         finally:
             os.close(fd)
         try:
-            await self.execute("migrate-incoming", {"uri": f"fd:{_FD_NAME}"})
+            await self.execute("migrate-incoming", {"uri": f"fd:{FD_NAME}"})
         except QmpRefused as error:
             raise QmpError(f"QEMU refuses the state {os.fspath(path)}: {error.reason}") from error
         # The state of an incoming migration is told on some versions only; the run state is on all.
@@ -212,9 +212,10 @@ class Qmp:
         except (QMPError, OSError) as error:
             raise QmpGone(f"cannot hand QEMU at {self._path} a file: {_sentence(error)}") from error
 
-    async def _hand_over(self, fd: int) -> None:
+    async def hand_over(self, fd: int) -> None:
+        """Give QEMU a descriptor, which it then has under the name `FD_NAME`; ours stays the caller's."""
         self._send(fd)
-        await self.execute("getfd", {"fdname": _FD_NAME})
+        await self.execute("getfd", {"fdname": FD_NAME})
 
     async def _finished(self) -> None:
         """Wait until the outgoing migration has ended, and raise unless it has ended well."""

@@ -24,8 +24,10 @@ from . import (  # noqa: F401  (most for their cases)
     host,
     lazy,
     native,
+    pauses,
     postcopy,
     report,
+    slowdown,
     workingset,
 )
 from .bench import GIB, MIB, ROOT, Bench, interrupt_once, scratch
