@@ -31,10 +31,22 @@ from . import (  # noqa: F401  (most for their cases)
     workingset,
 )
 from .bench import GIB, MIB, ROOT, Bench, interrupt_once, scratch
-from .cases import ALWAYS, ASKED, CASES
+from .cases import ALWAYS, ASKED
+from .cases import CASES as KNOWN
 from .machine import Watch, machine
 from .stats import Curve, Measure, summary
 
+#: The order in which cases run and are told; others come behind.
+ORDER = """
+    fault restore sequential store write storm resume native live
+    clone fleet chain growth images diff send
+    pauses slowdown capture
+    host dirtying expiry memory
+    stream demand lazy postcopy workingset
+    takeover debugger
+    guests tuning
+""".split()
+CASES = dict(sorted(KNOWN.items(), key=lambda item: [*ORDER, item[0]].index(item[0])))
 #: Seconds that a run with --quick is to take, and that a case has at least.
 QUICK, LEAST = 300, 4
 
