@@ -84,6 +84,9 @@ class _Flight:
     buffer: mmap.mmap
     view: memoryview
     """the part of the buffer that the source is to fill"""
+    began: float
+    before: int
+    """bytes that had come by then"""
     landed: trio.Event = field(default_factory=trio.Event)
 
 
@@ -117,8 +120,10 @@ class Arrival:
         self._buffers: list[mmap.mmap] = []
         self.reach = 1
         """pages around one that is read which come with it, a power of two"""
-        self._least = 1.0
-        """seconds that a fetch takes at least, of late"""
+        self._least, self._length = 1.0, 0
+        """seconds that a fetch takes at least, of late, and its bytes"""
+        self._rate = 1.0
+        """bytes a second that have come at most while a fetch was under way, of late"""
         self._missed = 0
         """fetches in a row that took more than a moment"""
         self._most = max(PAGE, min(LARGEST, source.maximum)) >> PAGE_SHIFT
@@ -168,6 +173,7 @@ class Arrival:
             return partial(self._finish, rest, flight, began, first, stop)
         self._arrived(flight)
         self._count(trio.current_time() - began, stop)
+        self._measure(flight)
         self._adapt(flight, began)
         return None
 
@@ -186,11 +192,24 @@ class Arrival:
     def _adapt(self, flight: _Flight, began: float) -> None:
         """Reach as far around what is touched as takes no more time than a few pages alone would."""
         took = trio.current_time() - began
-        self._least = min(took, self._least * 1.005)
         if took > _DEAR * self._least:
             self.reach = max(1, self.reach // 2)
         elif flight.stop - flight.first > self.reach // 2:
             self.reach = min(_NEAR, self.reach * 2)
+
+    def _measure(self, flight: _Flight) -> None:
+        """Note how long one took that is stored, and what else came meanwhile."""
+        took = trio.current_time() - flight.began
+        self._least *= 1.005
+        if took < self._least:
+            self._least, self._length = took, len(flight.view)
+        if took > 0:
+            self._rate = max((self.counts.fetched_bytes - flight.before) / took, self._rate * 0.995)
+
+    @property
+    def latency(self) -> float:
+        """Seconds until the first byte of a reply comes, at least, as far as several fetches at a time have told."""
+        return max(0.0, self._least - self._length / self._rate)
 
     async def _finish(self, rest: Rest, flight: _Flight, began: float, first: int, stop: int) -> None:
         """What is left of a fetch that was begun by :meth:`bring_soon`."""
@@ -198,6 +217,7 @@ class Arrival:
             try:
                 await rest()
                 await self._store(flight)
+                self._measure(flight)
             except SourceError as exc:
                 if self.is_arriving and not of_one_read(exc):
                     raise
@@ -290,6 +310,7 @@ class Arrival:
             elif error := await self.source.attempt(flight.first << PAGE_SHIFT, flight.view, urgent=urgent):
                 return error
             await self._store(flight)
+            self._measure(flight)
             return None
         finally:
             self._arrived(flight)
@@ -298,7 +319,8 @@ class Arrival:
         """Note that pages are on their way, into a buffer."""
         buffer = self._buffers.pop() if self._buffers else mmap.mmap(-1, LARGEST)
         length = min(stop << PAGE_SHIFT, self.source.size) - (first << PAGE_SHIFT)
-        flight = _Flight(first, stop, buffer, memoryview(buffer)[:length])
+        view = memoryview(buffer)[:length]
+        flight = _Flight(first, stop, buffer, view, trio.current_time(), self.counts.fetched_bytes)
         self._flights.append(flight)
         self._asked[first:stop] = True
         return flight

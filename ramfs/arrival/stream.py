@@ -24,7 +24,7 @@ from ramfs.units import PAGE_SHIFT, LayerId, pages
 
 #: Pages that are looked at in one go: 64 MiB; and how few are left of these when it is time to look at the next ones.
 _WINDOW: Final = 1 << 14
-_SOON: Final = 1 << 11
+_SOON: Final = 1 << 12
 #: Pages behind one that was touched that come before all others: 4 MiB.
 _AHEAD: Final = 1 << 10
 #: Touched places that are remembered.
@@ -33,6 +33,12 @@ _TOUCHED: Final = 64
 #: must not wait long behind it.
 _MOST: Final = 8
 _LEAD: Final = 0.05
+#: Seconds of latency from which on the stream goes on while somebody waits, for what is asked for behind his page does
+#: not hold that up. (On shorter lines it does: a piece costs the loop up to one millisecond.) Then there are so many
+#: fetches at most, and the source has work for so many times the latency.
+_FAR: Final = 5e-3
+_MOST_FAR: Final = 16
+_LEADS: Final = 2.0
 #: The rate is that of the last few seconds.
 _MEMORY: Final = 2.0
 #: Bytes of a piece where the source is slow. Smaller ones cost the loop more time than those who wait win by them.
@@ -116,7 +122,7 @@ class Stream:
                 self._cursor, self._began, self._fetched = 0, trio.current_time(), 0
                 self._ahead = self._arrival.first.copy()
                 self._at_once = _FEWEST
-                await together(partial(self._work, number) for number in range(_MOST))
+                await together(partial(self._work, number) for number in range(_MOST_FAR))
                 if self._failed is not None:
                     raise self._failed
         finally:
@@ -160,7 +166,8 @@ class Stream:
                 await self._throttle.go.wait()
         if not self._throttle.paused:
             await self._throttle.wait((stop - first) << PAGE_SHIFT)
-            await self._arrival.calm()
+            if self._arrival.latency < _FAR:
+                await self._arrival.calm()
         return self._lacking(first, stop)
 
     def _adapt(self, fetched: int) -> None:
@@ -171,11 +178,13 @@ class Stream:
             spent, self._fetched = spent / 2, self._fetched // 2
             self._began = now - spent
         self._fetched += fetched
-        ahead = int(self._fetched / spent * _LEAD) if spent > 0 else 0
-        if now < self._arrival.touched_at + _LATELY:
-            ahead = 0
+        far = self._arrival.latency >= _FAR
+        lead = _LEADS * self._arrival.latency if far else 0.0
+        if now >= self._arrival.touched_at + _LATELY:
+            lead = max(_LEAD, lead)
+        ahead = int(self._fetched / spent * lead) if spent > 0 else 0
         self._piece = min(max(_LEAST, 1 << max(ahead.bit_length() - 2, 0)), LARGEST)
-        before, self._at_once = self._at_once, min(_MOST, _FEWEST + ahead // self._piece)
+        before, self._at_once = self._at_once, min(_MOST_FAR if far else _MOST, _FEWEST + ahead // self._piece)
         if before < self._at_once:
             self._wake()
 
