@@ -114,12 +114,11 @@ class Qmp:
             raise QmpError(f"QEMU at {self._path} has no capability x-ignore-shared; QEMU 4.0 has it")
         return value
 
-    async def save_state(self, fd: int) -> None:
-        """Write the device state of a stopped guest to the descriptor, which stays the caller's.
+    @contextlib.asynccontextmanager
+    async def saving(self) -> AsyncIterator[None]:
+        """Settings for `save_state`, as long as this lasts; a running guest need not be stopped for them.
 
-        Afterwards the guest is stopped, whatever happens, and QEMU's migration settings are as they were.
-
-        :raises QmpError: QEMU refused to save, failed at it, or is gone. What it wrote is then of no use.
+        :raises QmpError: this QEMU cannot save a state without the RAM, or is gone.
         """
         was_set = await self.require_ignore_shared()
         parameters = cast("dict[str, Any]", await self.execute("query-migrate-parameters"))
@@ -130,6 +129,22 @@ class Qmp:
             if bandwidth is not None:
                 # QEMU holds migrations to 128 MiB/s, for the sake of a network that is not used here.
                 await self.execute("migrate-set-parameters", {"max-bandwidth": 1 << 40})
+            yield
+        finally:
+            with contextlib.suppress(QmpError):
+                if bandwidth is not None:
+                    await self.execute("migrate-set-parameters", {"max-bandwidth": bandwidth})
+                if not was_set:
+                    await self.set_capability("x-ignore-shared", False)
+
+    async def save_state(self, fd: int) -> None:
+        """Write the device state of a stopped guest to the descriptor, which stays the caller's; while `saving`.
+
+        Afterwards the guest is stopped, whatever happens.
+
+        :raises QmpError: QEMU refused to save, failed at it, or is gone. What it wrote is then of no use.
+        """
+        try:
             await self.hand_over(fd)
             try:
                 await self.execute("migrate", {"uri": f"fd:{FD_NAME}"})
@@ -143,12 +158,6 @@ class Qmp:
                 await self.execute("migrate_cancel")
                 await self._settled()
             raise
-        finally:
-            with contextlib.suppress(QmpError):
-                if bandwidth is not None:
-                    await self.execute("migrate-set-parameters", {"max-bandwidth": bandwidth})
-                if not was_set:
-                    await self.set_capability("x-ignore-shared", False)
 
     async def require_movable(self) -> None:
         """:raises QmpError: some device of the guest cannot be saved."""
@@ -227,7 +236,9 @@ class Qmp:
     async def _settled(self) -> dict[str, Any]:
         for pause in _pauses():
             answer = cast("dict[str, Any]", await self.execute("query-migrate"))
-            if answer.get("status", "none") in ("none", "completed", "failed", "cancelled"):
+            # What it still has to do then takes a moment more, in which it refuses cont.
+            ended = answer.get("status", "none") in ("none", "completed", "failed", "cancelled")
+            if ended and await self.status() != "finish-migrate":
                 return answer
             await asyncio.sleep(pause)
         raise AssertionError("unreachable: the pauses have no end")
@@ -320,7 +331,7 @@ def _pauses() -> Iterator[float]:
     pause, longest = _LOOK
     while True:
         yield pause
-        pause = min(pause * 2, longest)
+        pause = min(pause * 1.25, longest)
 
 
 def _sentence(error: BaseException) -> str:

@@ -102,15 +102,19 @@ class Snapshot:
         async with qmp.connect(socket) as guest:
             await self.check(guest, socket)
             was_running = await guest.running()
-            if was_running:
-                await self._flush_in_rounds()
             await self._learn_layout(guest, socket)
             with self.signals.held():
                 await in_thread(lambda: sweep(self.directory))
                 fd, temporary = await in_thread(lambda: temporary_file(self.directory))
             try:
-                work = self._save_and_freeze(guest, fd, temporary)
-                pause = await pause_for(work, guest, self.signals, self.target, was_running=was_running, stay=self.stop)
+                # All is ready when the rounds end: what the guest stores from then on it has to wait for.
+                async with guest.saving():
+                    if was_running:
+                        await self._flush_in_rounds()
+                    work = self._save_and_freeze(guest, fd, temporary)
+                    pause = await pause_for(
+                        work, guest, self.signals, self.target, was_running=was_running, stay=self.stop
+                    )
                 self.report.pause, self.report.stopped_at = pause.seconds, pause.stopped_at
             finally:
                 # The guest runs again; only now touch the file system, which may hang.
@@ -132,6 +136,7 @@ class Snapshot:
                 await in_thread(lambda: store(self.directory, told.layout(self.directory, socket)))
 
     async def _save_and_freeze(self, guest: qmp.Qmp, fd: int, temporary: str) -> None:
+        # Before QEMU writes to the mount: while that hangs nothing else could be cancelled.
         self._done(await flush(self.directory, running=False))
         begin = time.monotonic()
         await guest.save_state(fd)

@@ -125,8 +125,9 @@ def test_a_state_goes_there_and_back(shm: Path) -> None:
 
     async def save(path: Path) -> None:
         async with qmp.connect(path) as talk:
-            await talk.stop()
-            await talk.save_state(fd)
+            async with talk.saving():
+                await talk.stop()
+                await talk.save_state(fd)
             shutil.copy(shm / "ram", shm / "then")  # it goes on, and changes its memory
             await talk.cont()
 

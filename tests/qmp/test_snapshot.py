@@ -22,9 +22,9 @@ Machine = Callable[..., Guest]
 #: The commands at which something can happen before the snapshot is made, in their order.
 STEPS = [
     "query-status",
-    "stop",
     "query-migrate-parameters",
     "migrate-set-capabilities",
+    "stop",
     "getfd",
     "migrate",
     "query-migrate",

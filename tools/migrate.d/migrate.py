@@ -559,7 +559,8 @@ class Migration:
         if not later:
             await flush(self.directory, running=False)
         self.state = os.memfd_create("state")
-        await guest.save_state(self.state)
+        async with guest.saving():
+            await guest.save_state(self.state)
         if await in_thread(self._sizes) != sizes:
             raise Failed(f"files in {self.directory} were made, removed or changed their size")
         if not later:
