@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from ramfs.errors import FileError
+from ramfs.fuse import flush_helper
 from ramfs.store import cachestat
 
 T = TypeVar("T")
@@ -27,6 +28,12 @@ LITTLE: Final = 1 << 20
 
 #: The same in seconds, where the kernel cannot tell bytes.
 LITTLE_TIME: Final = 0.005
+
+#: Seconds that the sync of the store may take so that nothing is won by flushing again after it.
+LONG_TIME: Final = 0.5
+
+#: Bytes of which twice are written back at a time while the guest runs.
+PIECE: Final = 1 << 20
 
 #: A round that finds more than this part of what the last one found is not worth another.
 FALLS: Final = 0.75
@@ -45,6 +52,11 @@ class Round:
     def little(self) -> bool:
         """Whether what it found needs no further round."""
         return self.seconds <= LITTLE_TIME if self.bytes is None else self.bytes <= LITTLE
+
+    def and_then(self, rest: "Round") -> "Round":
+        """Both as one."""
+        both = None if self.bytes is None or rest.bytes is None else self.bytes + rest.bytes
+        return Round(both, self.seconds + rest.seconds, rest.running)
 
     def falls_from(self, before: "Round") -> bool:
         """Whether it found so much less than the round before it that another one is worth it."""
@@ -86,25 +98,34 @@ def _tell(loop: asyncio.AbstractEventLoop, *call: object) -> None:
 
 
 async def rounds(directory: str, limit: int) -> AsyncIterator[Round]:
-    """Flush until little is left, at most ``limit`` times; yields each round when it is done."""
+    """Flush until little is left, at most ``limit`` times; yields each round when it is done.
+
+    Then the store syncs what it was given, so that a freeze need not. If that takes long there is more to flush, once.
+    """
     before: Round | None = None
-    for _ in range(limit):
+    syncs = 0
+    for number in range(1, limit + 1):
         this = await flush(directory, running=True)
-        yield this
-        if this.little() or (before is not None and not this.falls_from(before)):
+        if number < limit and not this.little() and (before is None or this.falls_from(before)):
+            yield this
+            before = this
+            continue
+        rest = await flush(directory, running=True, sync=True)
+        yield this.and_then(rest)
+        syncs, before = syncs + 1, None
+        if rest.seconds < LONG_TIME or syncs == 2:
             return
-        before = this
 
 
-async def flush(directory: str, *, running: bool) -> Round:
-    """Flush every regular file below a directory once.
+async def flush(directory: str, *, running: bool, sync: bool = False) -> Round:
+    """Flush every regular file below a directory once; with ``sync``, or a guest that is stopped, the store syncs it.
 
     :raises FileError: a file cannot be opened, or the file system cannot take what is dirty.
     """
     begin = time.monotonic()
     total: int | None = 0
     for path in await in_thread(lambda: list(regular_files(directory))):
-        found = await in_thread(lambda path=path: _flush_file(path))  # type: ignore[misc]
+        found = await in_thread(lambda path=path: _flush_file(path, sync=sync or not running))  # type: ignore[misc]
         total = None if total is None or found is None else total + found
     return Round(total, time.monotonic() - begin, running)
 
@@ -126,7 +147,7 @@ def regular_files(directory: str) -> Iterator[str]:
                 continue  # removed meanwhile, and so nothing to flush
 
 
-def _flush_file(path: str) -> int | None:
+def _flush_file(path: str, *, sync: bool) -> int | None:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -134,8 +155,13 @@ def _flush_file(path: str) -> int | None:
     except OSError as error:
         raise FileError(error.errno or 0, f"cannot open {path} to flush it: {error.strerror}") from error
     try:
-        dirty = dirty_bytes(fd)
-        os.fsync(fd)
+        dirty = _dirty_natively(fd)
+        native = dirty is not None
+        dirty = dirty if native else cachestat.dirty_bytes(fd)
+        if sync or native:
+            os.fsync(fd)
+        else:
+            _write_back(fd)
     except OSError as error:
         raise FileError(error.errno or 0, f"cannot flush {path}: {error.strerror}") from error
     finally:
@@ -143,9 +169,22 @@ def _flush_file(path: str) -> int | None:
     return dirty
 
 
-def dirty_bytes(fd: int) -> int | None:
-    """Bytes of an open file that are in the page cache only; None when the kernel does not tell."""
-    # Of a live native file the cache is that of its layer, which only the daemon can ask about.
+def _write_back(fd: int) -> None:
+    """Hand the daemon what is dirty, a piece at a time.
+
+    From Linux 6.16 on, who stores to a page that is being written back waits for the answer, and fsync(2) has all
+    of a file written back at once.
+    """
+    size = os.fstat(fd).st_size
+    flush_helper.begin_write_back(fd, 0, PIECE)
+    for offset in range(0, size, PIECE):
+        if offset + PIECE < size:  # for the daemon to have something to do
+            flush_helper.begin_write_back(fd, offset + PIECE, PIECE)
+        flush_helper.write_back_range(fd, offset, PIECE)
+
+
+def _dirty_natively(fd: int) -> int | None:
+    """Dirty bytes of a live native file, whose cache is that of its layer; of others None."""
     with contextlib.suppress(OSError, ValueError):
         return int(os.getxattr(fd, "user.ramfs.dirty"))
-    return cachestat.dirty_bytes(fd)
+    return None

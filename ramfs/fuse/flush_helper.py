@@ -34,8 +34,9 @@ from typing import Any, Final
 SCRIPT: Final = __file__
 COVERED: Final = -1
 """the errno of an answer which tells that something is mounted over the mount"""
-#: Of sync_file_range(2): wait for writeback under way, write all that is dirty, wait for that.
-_WRITE_AND_WAIT: Final = 1 | 2 | 4
+#: Of sync_file_range(2): write all that is dirty; and wait for writeback under way before, and for that.
+_WRITE: Final = 2
+_WRITE_AND_WAIT: Final = 1 | _WRITE | 4
 #: Bytes that the daemon is asked for at a time, about: for as long as they take the guest's own requests may wait.
 _UNDER_WAY: Final = 4 << 20
 
@@ -75,7 +76,16 @@ def write_back_range(fd: int, offset: int = 0, length: int = 0) -> None:
 
     Waits until the daemon has it, from Linux 6.16 on.
     """
-    if _libc.sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(length), _WRITE_AND_WAIT):
+    _sync_file_range(fd, offset, length, _WRITE_AND_WAIT)
+
+
+def begin_write_back(fd: int, offset: int, length: int) -> None:
+    """The same, and do not wait."""
+    _sync_file_range(fd, offset, length, _WRITE)
+
+
+def _sync_file_range(fd: int, offset: int, length: int, flags: int) -> None:
+    if _libc.sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(length), flags):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ramfs.cli import _flush
-from ramfs.cli._flush import LITTLE, Round, dirty_bytes, flush, regular_files, rounds
+from ramfs.cli._flush import LITTLE, Round, flush, regular_files, rounds
 from ramfs.errors import FileError
 
 
@@ -33,8 +33,6 @@ def test_without_cachestat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (tmp_path / "file").write_bytes(b"x")
     monkeypatch.setattr("ramfs.store.cachestat._CACHESTAT", 100_000)
     assert asyncio.run(flush(str(tmp_path), running=True)).bytes is None
-    with open(tmp_path / "file") as file:
-        assert dirty_bytes(file.fileno()) is None
 
 
 def test_a_directory_that_is_gone(tmp_path: Path) -> None:
@@ -49,31 +47,42 @@ def test_a_file_that_cannot_be_flushed(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(FileError, match=r"cannot flush .*file: Input/output error") as error:
-        asyncio.run(flush(str(tmp_path), running=True))
+        asyncio.run(flush(str(tmp_path), running=False))
     assert error.value.errno == 5
 
 
 @pytest.mark.parametrize(
-    ("found", "limit", "done"),
+    ("found", "limit", "took", "done", "synced"),
     [
-        ([10 * LITTLE, 5 * LITTLE, LITTLE // 2, 0], 8, 3),  # until little is left
-        ([LITTLE], 8, 1),
-        ([10 * LITTLE, 9 * LITTLE, 0], 8, 2),  # the guest writes as fast as we flush
-        ([100 * LITTLE, 60 * LITTLE, 40 * LITTLE, 0], 2, 2),  # as often as was asked for
-        ([100 * LITTLE], 0, 0),
+        ([10 * LITTLE, 5 * LITTLE, LITTLE // 2, 0], 8, 0.1, 3, 1),  # until little is left
+        ([LITTLE], 8, 0.1, 1, 1),
+        ([10 * LITTLE, 9 * LITTLE, 0], 8, 0.1, 2, 1),  # the guest writes as fast as we flush
+        ([100 * LITTLE, 60 * LITTLE, 40 * LITTLE, 0], 2, 0.1, 2, 1),  # as often as was asked for
+        ([9 * LITTLE, LITTLE, 20 * LITTLE, 9 * LITTLE, LITTLE, 0], 8, 5.0, 5, 2),  # once more after a slow disk
+        ([100 * LITTLE], 0, 0.1, 0, 0),
     ],
 )
-def test_when_rounds_end(monkeypatch: pytest.MonkeyPatch, found: list[int], limit: int, done: int) -> None:
+def test_when_rounds_end(
+    monkeypatch: pytest.MonkeyPatch, found: list[int], limit: int, took: float, done: int, synced: int
+) -> None:
     left = iter(found)
+    syncs: list[str] = []
 
-    async def fake(_: str, *, running: bool) -> Round:
-        return Round(next(left), 0.1, running)
+    async def fake(directory: str, *, running: bool, sync: bool = False) -> Round:
+        assert running
+        if not sync:
+            return Round(next(left), 0.1, running)
+        syncs.append(directory)
+        return Round(1, took, running)
 
     async def run() -> list[int | None]:
         return [each.bytes async for each in rounds("dir", limit)]
 
     monkeypatch.setattr(_flush, "flush", fake)
-    assert asyncio.run(run()) == found[:done]
+    told = asyncio.run(run())
+    assert [(each or 0) // LITTLE * LITTLE for each in told] == [each // LITTLE * LITTLE for each in found[:done]]
+    assert sum(each or 0 for each in told) == sum(found[:done]) + synced
+    assert len(syncs) == synced
 
 
 def test_when_rounds_end_by_time() -> None:
