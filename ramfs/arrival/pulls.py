@@ -388,7 +388,7 @@ class Pulls:
             pull = Pull(self, row["id"], InodeNumber(row["directory"]), row["uri"], options)
             for layer in catalog.execute("SELECT * FROM arriving WHERE pull = ?", row["id"]).fetchall():
                 number = LayerId(layer["layer"])
-                sets = map(self.pager.images.working_set, self.pager.images.naming({number}))
+                sets = map(self.pager.images.working_set, sorted(self.pager.images.naming({number})))
                 first = next((each for each in sets if each is not None), None)
                 pull.add(self.pager.layers[number], os.fsdecode(layer["name"]), layer["size"], layer["taken"], first)
             self.running.append(pull)

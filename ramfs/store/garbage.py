@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ramfs.image.digest import DIGEST
-from ramfs.image.table import CHUNK_SHIFT, Mask, runs_of
+from ramfs.image.table import CHUNK_SHIFT, Mask, PageTable, runs_of
 from ramfs.store.files import copy_range, data_extents, punch_hole
 from ramfs.store.images import Image, read_table
 from ramfs.store.store import Store
@@ -109,6 +109,7 @@ class Pass:
             start, stop = self.candidates[layer.base]
             self._start[number], self._stop[number] = start + layer.shift, stop
         self.users = images.naming(self.names)
+        self._before = PageTable()
         self.garbage: dict[LayerId, list[tuple[int, int]]] = {}
         self.sealed: set[LayerId] = set()
         self.doomed: set[LayerId] = set()
@@ -175,11 +176,17 @@ class Pass:
             for first, stop in table.regions():
                 for low in range(first, stop, _SLICE):
                     self._scan_entries(low, table.entries[low : min(low + _SLICE, stop)])
+            self._before = table
 
     def _scan_entries(self, low: int, entries: NDArray[np.uint32]) -> None:
+        # What the table that was looked at last names at the same places has been marked: most, between generations.
+        known = self._before.entries[low : low + len(entries)]
+        new = np.append(entries[: len(known)] != known, np.ones(len(entries) - len(known), np.bool_))
+        where = np.flatnonzero(new)
+        entries = entries[where]
         entries = np.where(entries < len(self._named), entries, 0)  # made since the pass began: no candidates
         self._named[entries] = True
-        places = self._start[entries] + np.arange(low, low + len(entries))
+        places = self._start[entries] + (where + low)
         self.marks.name(places[(places >= 0) & (places < self._stop[entries])])
 
     # -- loop

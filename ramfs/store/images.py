@@ -682,8 +682,12 @@ class Images:
             self.catalog.execute("DELETE FROM working_sets WHERE image = ?", number)
 
     def records(self) -> list[tuple[ImageId, Entries]]:
-        """For each image, the layers that its table may name."""
-        rows = self.catalog.execute("SELECT id, layers FROM images").fetchall()
+        """For each image, the layers that its table may name.
+
+        Those that are alike, as generations and clones of one image are, follow each other: so that who reads their
+        tables finds little new in each.
+        """
+        rows = self.catalog.execute("SELECT id, layers FROM images ORDER BY layers, id").fetchall()
         return [(row["id"], np.frombuffer(row["layers"], "<u4")) for row in rows]
 
     def naming(self, layers: Collection[LayerId]) -> list[ImageId]:
