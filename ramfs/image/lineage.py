@@ -101,6 +101,39 @@ def count_pages(
     return count_states(page_states(table, total, others, places, lacking), total)
 
 
+def count_alone(rows: Iterable[Entries]) -> list[int]:
+    """For each of some tables, how many pages are stored that no other of them names at the same place.
+
+    Of each the entries for the same pages are given. It costs what comparing each with the one before does, and what
+    differs between these: let those follow each other that are much alike.
+    """
+    keys, owners = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
+    begun: NDArray[np.int64] = np.zeros(0, np.int64)  # where the row before differs from the one before that
+    before: Entries | None = None
+    count = 0
+    for row in rows:
+        if before is not None:
+            changed = row != before
+            keys.append(begun.astype(np.uint64) | before[begun].astype(np.uint64) << np.uint64(32))
+            owners.append(np.where(changed[begun], count - 1, -1))  # -1: the row that follows has it too
+            begun = np.flatnonzero(changed & (row != ZERO))
+        else:
+            begun = np.flatnonzero(row)
+        before = row
+        count += 1
+    if before is not None:
+        keys.append(begun.astype(np.uint64) | before[begun].astype(np.uint64) << np.uint64(32))
+        owners.append(np.full(len(begun), count - 1))
+    named = np.concatenate(keys)
+    order = np.argsort(named)
+    named = named[order]
+    other = np.append(True, named[1:] != named[:-1])[: len(named)]
+    alone = other & np.append(other[1:], True)[: len(named)]  # unlike the one before, and the one behind
+    whose = np.concatenate(owners)[order][alone]
+    found: list[int] = np.bincount(whose[whose >= 0], minlength=count).tolist()
+    return found
+
+
 def state_runs(states: States, total: int) -> NDArray[np.int64]:
     """The same as runs: rows ``(first page, state)``, each up to the next one's first page."""
     if not total:

@@ -13,6 +13,7 @@ import trio
 from numpy.typing import NDArray
 
 from ramfs.image.lineage import PageState, count_states, state_runs
+from ramfs.inspect.census import Census
 from ramfs.inspect.report import Observer
 from ramfs.store.images import Image
 from ramfs.units import ImageId
@@ -36,12 +37,15 @@ class Looker:
 
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
+        self._census = Census(observer.store)
         self._kept: OrderedDict[ImageId, tuple[NDArray[np.int64], int]] = OrderedDict()
 
     async def counts(self, image: Image) -> bytes:
         """The value of ``user.ramfs.pages``: the counts as a JSON object."""
-        look, total = self._observer.page_looker(image), image.pages
-        counts = await trio.to_thread.run_sync(lambda: count_states(look(), total))
+        counts = await self._census.counts(image)
+        if counts is None:
+            look, total = self._observer.page_looker(image), image.pages
+            counts = await trio.to_thread.run_sync(lambda: count_states(look(), total))
         return json.dumps(counts._asdict()).encode()
 
     async def runs(self, image: Image, first: int) -> bytes:

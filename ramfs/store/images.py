@@ -127,13 +127,13 @@ class Image:
     """
 
     __slots__ = (
-        "_ahead", "_fd", "_length", "_opened", "_table", "alike", "ctime", "direct", "doubtful", "frozen",
+        "_ahead", "_fd", "_length", "_owner", "_table", "alike", "ctime", "direct", "doubtful", "frozen",
         "header_stale", "id", "layers", "live", "mtime", "path", "size", "synced_name", "users",
     )  # fmt: skip
 
     def __init__(
         self, number: ImageId, frozen: bool, live: Layer | None, layers: set[LayerId], path: str,
-        opened: dict[ImageId, "Image"],
+        owner: "Images",
     ) -> None:  # fmt: skip
         self.id = number
         self.frozen = frozen
@@ -141,8 +141,7 @@ class Image:
         self.layers = layers
         """superset of the layers that the table names, as the catalog has it"""
         self.path = path
-        self._opened = opened
-        """the images whose table file is open, the first opened first"""
+        self._owner = owner
         self._fd = -1
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -169,16 +168,17 @@ class Image:
         """The table file, opened on first use: most files of a tree are only looked at from outside."""
         if self._fd < 0:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
-            self._opened[self.id] = self
-            if len(self._opened) > OPEN_TABLES:
-                next(iter(self._opened.values()))._close_file()
+            opened = self._owner.opened
+            opened[self.id] = self
+            if len(opened) > OPEN_TABLES:
+                next(iter(opened.values()))._close_file()
         return self._fd
 
     def _close_file(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-            del self._opened[self.id]
+            del self._owner.opened[self.id]
 
     @property
     def table(self) -> PageTable:
@@ -241,6 +241,7 @@ class Image:
         self._write_entries(first, self.table.entries[first:stop])
 
     def _write_entries(self, first: int, entries: Entries) -> None:
+        self._owner.changes += 1
         try:
             write_all(self.fd, as_bytes(entries), HEADER + first * ENTRY)
         except OSError:
@@ -250,6 +251,7 @@ class Image:
 
     def forget_beyond(self) -> None:
         """Name nothing behind the end: what a write that failed has named there would show when the file grows."""
+        self._owner.changes += 1
         os.ftruncate(self.fd, HEADER + self.pages * ENTRY)
         os.ftruncate(self.fd, self._length)
         if self._table is not None:
@@ -262,6 +264,7 @@ class Image:
 
     def replace_file(self) -> None:
         """The table file was replaced by another of the same name: forget all that is known of the old one."""
+        self._owner.changes += 1
         self.close()
         self._ahead = False
         with open(self.path, "rb", buffering=0) as file:
@@ -385,7 +388,10 @@ class Images:
         """clones of direct images, for the copies that are made next (:meth:`with_clones`)"""
         self._clone_numbers = itertools.count(0xF0000000)
         self._open: dict[ImageId, Image] = {}
-        self._opened: dict[ImageId, Image] = {}
+        self.opened: dict[ImageId, Image] = {}
+        """the images whose table file is open, the first opened first"""
+        self.changes = 0
+        """grows whenever what some table names becomes another, and when an image goes"""
 
     def path(self, image: ImageId, suffix: str = "map") -> str:
         """Path of an image's table file, or of its ``durable`` copy."""
@@ -401,7 +407,7 @@ class Images:
             live = None if row["live"] is None else self.layers[row["live"]]
             try:
                 layers = unpack_layers(row["layers"])
-                image = Image(number, bool(row["frozen"]), live, layers, self.path(number), self._opened)
+                image = Image(number, bool(row["frozen"]), live, layers, self.path(number), self)
             except FileNotFoundError as exc:
                 raise StoreDamaged(f"table {self.path(number)} is missing; run `ramfs fsck` on the store") from exc
             if number in self.direct and live is not None:
@@ -574,7 +580,7 @@ class Images:
             os.ftruncate(fd, table_length(header.size))
         finally:
             os.close(fd)
-        image = Image(number, frozen, None, layers, path, self._opened)
+        image = Image(number, frozen, None, layers, path, self)
         image.header_stale = not frozen
         image.synced_name = False
         return number, image
@@ -623,6 +629,7 @@ class Images:
         row = self.catalog.row("SELECT layers, live FROM images WHERE id = ?", number)
         if row is None:
             return
+        self.changes += 1
         self.catalog.execute("DELETE FROM images WHERE id = ?", number)
         if number in self.doubtful:
             self.doubtful.discard(number)
