@@ -23,8 +23,11 @@ STATES: Final = ("owned", "shared", "zero", "absent")
 def hand_over(path: str) -> None:
     """Have the kernel hand over what a guest stored into mapped pages, which it does when it is told to.
 
-    Who may not open the file learns of it as it was up to half a minute ago; what is no regular file has nothing.
+    Who may not open the file learns of it as it was up to half a minute ago; what is no regular file has nothing, nor
+    has what is frozen, whose first open is not for nothing.
     """
+    if f"{os.sep}.snap{os.sep}" in os.path.abspath(path):
+        return
     with contextlib.suppress(OSError):
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:

@@ -110,7 +110,8 @@ class Comparison:
         self._aliases: Places = {each.id: (each.base, each.shift) for each in named if each.base in moved}
         self._copied = {each.id for each in named if layers[each.base].copied} | {side.live for side in self._sides}
         self._copied.discard(ZERO)
-        self._places = {each.id: self._place(layers, each.id) for each in named}
+        looks = content or bool(self._copied)  # at more than the tables
+        self._places = {each.id: self._place(layers, each.id) for each in named} if looks else {}
 
     @staticmethod
     def _side(image: Image) -> _Side:

@@ -18,11 +18,12 @@ def generation(space: Namespace, ino: InodeNumber, caller: Caller) -> tuple[int,
     if not top.is_dir or top.is_snap or (top.frozen and not space.is_snapshot(top)):
         raise FileError(errno.ENODATA)
     snaps = InodeNumber(((top.parent or 0) if top.frozen else ino) | SNAP_BIT)
-    before: bytes | None = None
-    for _, name, number in list(space.names(snaps)):  # in the order in which they were made
-        if number == ino:
-            break
-        before = name
+    row = space.catalog.row(  # in the order in which they were made
+        "SELECT name FROM names WHERE parent = ?1 AND cookie < coalesce("
+        "(SELECT cookie FROM names WHERE parent = ?1 AND ino = ?2), ?3) ORDER BY cookie DESC LIMIT 1",
+        snaps, ino, 1 << 62,
+    )  # fmt: skip
+    before = None if row is None else bytes(row["name"])
     directory = InodeNumber(snaps & ~SNAP_BIT)
     if before is not None:
         return top.btime, b"/".join(part for part in (space.path_of(directory), SNAP, before) if part)
