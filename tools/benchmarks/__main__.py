@@ -21,6 +21,7 @@ from . import (  # noqa: F401  (most for their cases)
     faults,
     fleets,
     generations,
+    growth,
     host,
     lazy,
     native,
