@@ -77,6 +77,8 @@ class Incoming(NamedTuple):
     known: Known | None
     first: Records | None = None
     """what guests ask for first, if the source tells"""
+    source: PageSource | None = None
+    """its source, if that is open; if digests are known, as :func:`verified` gives it"""
 
 
 class Pull:
@@ -109,7 +111,9 @@ class Pull:
 
     # -- its source
 
-    def add(self, layer: Layer, name: str, size: int, taken: int, first: Records | None) -> None:
+    def add(
+        self, layer: Layer, name: str, size: int, taken: int, first: Records | None, opened: PageSource | None = None
+    ) -> None:
         """One more layer that arrives, each page compared with its digest if these were promised.
 
         ``taken`` pages of its file were found here, and are named where they are.
@@ -117,7 +121,7 @@ class Pull:
         self.verified &= layer.promised
         self._taken += taken
         factory = self._factory(layer, name, size, self.uri)
-        source = RetrySource(factory, self.uri, size, deadline=self.options.wait, tell=self._tell)
+        source = RetrySource(factory, self.uri, size, deadline=self.options.wait, tell=self._tell, source=opened)
         self._sources.append((name, source))
         runs = [run for batch in batches(empty() if first is None else first, size, _FIRST) for run in batch]
         arrival = Arrival(self._pulls.pager, layer, source, runs)
@@ -135,13 +139,7 @@ class Pull:
                 await directory.aclose()
             if not layer.promised:
                 return source
-            try:
-                path = self._pulls.pager.layers.path(layer.id, "xxh3")
-                return VerifiedSource(source, await trio.to_thread.run_sync(_read_digests, path, size), name)
-            except BaseException:
-                with trio.CancelScope(shield=True):
-                    await source.aclose()
-                raise
+            return await verified(source, self._pulls.pager.layers.path(layer.id, "xxh3"), size, name)
 
         return open_source
 
@@ -413,7 +411,7 @@ class Pulls:
             catalog.on_rollback(functools.partial(self.arrivals.discard, layer.id))
             assert layer.presence is not None
             pull.wanted += int(np.count_nonzero(layer.presence.states == ABSENT))
-            pull.add(layer, each.name, each.size, taken, each.first)
+            pull.add(layer, each.name, each.size, taken, each.first, each.source)
             if each.first is not None:
                 self.pager.images.keep_working_set(each.image.id, within(each.first, each.size))
         return pull
@@ -454,6 +452,16 @@ class Pulls:
     def status(self) -> list[dict[str, Any]]:
         """For status.json."""
         return [pull.status() for pull in self.running]
+
+
+async def verified(source: PageSource, path: str, size: int, name: str) -> PageSource:
+    """The same, each page compared with its digest in the file ``path``. Raises SourceError; then it is closed."""
+    try:
+        return VerifiedSource(source, await trio.to_thread.run_sync(_read_digests, path, size), name)
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            await source.aclose()
+        raise
 
 
 def _read_digests(path: str, size: int) -> File:

@@ -17,7 +17,7 @@ import trio
 
 from ramfs.arrival.fetch import together
 from ramfs.arrival.known import Known, new_path
-from ramfs.arrival.pulls import Incoming, Options, Pull, Pulls
+from ramfs.arrival.pulls import Incoming, Options, Pull, Pulls, verified
 from ramfs.errors import FileError, SourceBroken, SourceLost, SourceRefused
 from ramfs.fuse.extension import pyfuse3
 from ramfs.fuse.jobs import Job
@@ -29,7 +29,7 @@ from ramfs.inspect import layout
 from ramfs.inspect.layout import Layout
 from ramfs.namespace import Caller, Namespace
 from ramfs.pager import Pager
-from ramfs.source.base import SourceDirectory, read_whole, size_of
+from ramfs.source.base import PageSource, SourceDirectory, read_whole, size_of
 from ramfs.source.manifest import NAME, File, Manifest, fetch_manifest, is_path
 from ramfs.source.opening import names_one
 from ramfs.store.images import Image
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 UNNAMED: Final = "default"
 #: Names that lead to something else than a file.
 _RESERVED: Final = {b".snap", b".guest", b".ramfs"}
-#: Files that a source is asked for at once.
+#: Files that a source is asked for at once; where there are no more of them, each stays open for its stream.
 _AT_ONCE: Final = 8
 #: Files of one pull, at most.
 _MOST_FILES: Final = 10_000
@@ -79,9 +79,18 @@ class Pulling(Job):
         self._caller = caller
         self._working_sets: Mapping[bytes, Records] = {}
         self._layout = Layout()
+        self._opened: dict[str, PageSource] = {}
 
     async def work(self) -> None:
         """Make the directory."""
+        try:
+            await self._work()
+        finally:
+            with trio.CancelScope(shield=True):
+                for source in self._opened.values():
+                    await source.aclose()
+
+    async def _work(self) -> None:
         if (sizes := self._request.sizes) is not None:
             paths = {path: path for path in sorted(sizes)}
             _check_paths(paths, len(paths), "what is to arrive")
@@ -99,15 +108,16 @@ class Pulling(Job):
         names = set(await directory.names()) - {NAME, working_set.NAME, layout.NAME}
         paths = {name or UNNAMED: name for name in sorted(names)}  # by the paths that they get
         _check_paths(paths, len(names), directory.description)
-        sizes = await _sizes(directory, paths)
-        manifest = await fetch_manifest(directory)
+        manifest = await self._ask(directory)
         known = {} if manifest is None else dict(manifest.files)
+        sizes: dict[str, int] = {}
         if not names_one(self._request.uri):  # servers may not export what is empty
             more = {path: path for path in sorted(known.keys() - names)}
+            sizes = {path: 0 for path in more if not known[path].size}
             paths |= more
             _check_paths(paths, len(paths), directory.description)
-            sizes |= await _sizes(directory, {path: path for path in more if known[path].size})
-            sizes |= {path: 0 for path in more if not known[path].size}
+        # The last that the server is asked for: there are some that let one client in, and these stay.
+        sizes |= await self._sizes(directory, {path: name for path, name in paths.items() if path not in sizes})
         if not sizes:
             raise SourceRefused(f"{directory.description} has no files: nothing to pull")
         for path in sizes.keys() & known.keys():
@@ -115,10 +125,41 @@ class Pulling(Job):
                 where = f"{path} of {directory.description}"
                 raise SourceBroken(f"{where} has {sizes[path]} bytes, and {known[path].size} by its manifest")
             sizes[path] = known[path].size
-        self._working_sets = await _fetch_working_sets(directory)
         if manifest is not None:
             self._layout = await fetch_layout(directory, {os.fsencode(path): size for path, size in sizes.items()})
         return {path: _Found(paths[path], size, known.get(path)) for path, size in sizes.items()}
+
+    async def _ask(self, directory: SourceDirectory) -> Manifest | None:
+        """The manifest; and what guests ask for first is known then."""
+        manifest: Manifest | None = None
+
+        async def ask_manifest() -> None:
+            nonlocal manifest
+            manifest = await fetch_manifest(directory)
+
+        async def ask_working_sets() -> None:
+            self._working_sets = await _fetch_working_sets(directory)
+
+        await together([ask_manifest, ask_working_sets])
+        return manifest
+
+    async def _sizes(self, directory: SourceDirectory, names: dict[str, str]) -> dict[str, int]:
+        """Bytes of files at the source, by path; several at once, for it may be far. Raises SourceError."""
+        sizes = dict.fromkeys(names, 0)
+        limit = trio.CapacityLimiter(_AT_ONCE)
+
+        async def ask(path: str, name: str) -> None:
+            async with limit:
+                if len(names) <= _AT_ONCE:
+                    self._opened[name] = source = await directory.open(name)
+                    sizes[path] = source.size
+                else:
+                    sizes[path] = await size_of(directory, name)
+            if not 0 <= sizes[path] <= MAX_FILE_SIZE:
+                raise SourceBroken(f"{name} of {directory.description} has {sizes[path]} bytes, which no file can have")
+
+        await together(functools.partial(ask, path, name) for path, name in names.items())
+        return sizes
 
     async def _make(self, files: dict[str, _Found]) -> None:
         """Work out what has to arrive of each file, and make them."""
@@ -126,6 +167,10 @@ class Pulling(Job):
         async with _knowing(
             self._pulls.pager, Likeness(self._namespace, self._caller, self._like()), promised
         ) as known:
+            for path in known.keys() & files.keys():
+                name, size, _ = files[path]
+                if name in self._opened:
+                    self._opened[name] = await verified(self._opened[name], known[path].digests, size, name)
             images = self._plant(files, known)
         try:
             await self._pulls.pager.sync(images)  # as with a snapshot: who was told of it finds it again
@@ -147,11 +192,18 @@ class Pulling(Job):
             plant_layout(space, top, self._layout)
             incoming = [
                 Incoming(
-                    images[os.fsencode(path)], name, size, known.get(path), self._working_sets.get(os.fsencode(path))
+                    images[os.fsencode(path)],
+                    name,
+                    size,
+                    known.get(path),
+                    self._working_sets.get(os.fsencode(path)),
+                    self._opened.get(name),
                 )
                 for path, (name, size, _) in files.items()
             ]
             pull = self._pulls.begin(top, request.uri, request.options, incoming)
+        for name in pull.sizes:
+            self._opened.pop(name, None)  # they are its own now
         # The kernel did not see that: it would show the old link count and mtime for minutes.
         with contextlib.suppress(OSError):  # it may have forgotten the directory
             pyfuse3.invalidate_inode(directory.ino, attr_only=True)
@@ -205,21 +257,6 @@ async def _knowing(pager: Pager, likeness: Likeness, files: dict[str, File]) -> 
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(left)
             layers.making.discard(left)
-
-
-async def _sizes(directory: SourceDirectory, names: dict[str, str]) -> dict[str, int]:
-    """Bytes of files at the source, by path. Several are asked for at once, for it may be far. Raises SourceError."""
-    sizes = dict.fromkeys(names, 0)
-    limit = trio.CapacityLimiter(_AT_ONCE)
-
-    async def ask(path: str, name: str) -> None:
-        async with limit:
-            sizes[path] = await size_of(directory, name)
-        if not 0 <= sizes[path] <= MAX_FILE_SIZE:
-            raise SourceBroken(f"{name} of {directory.description} has {sizes[path]} bytes, which no file can have")
-
-    await together(functools.partial(ask, path, name) for path, name in names.items())
-    return sizes
 
 
 async def _fetch_working_sets(directory: SourceDirectory) -> Mapping[bytes, Records]:

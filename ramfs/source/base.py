@@ -91,8 +91,7 @@ class SourceDirectory(Protocol):
 async def size_of(directory: SourceDirectory, name: str) -> int:
     """Bytes of one of its sources. Raises as ``open``.
 
-    A directory that can tell without opening it has a coroutine ``size``: to open takes a server several connections,
-    and for each some look through the whole file.
+    A directory that can tell without opening it has a coroutine ``size``.
     """
     tell: Callable[[str], Awaitable[int]] | None = getattr(directory, "size", None)
     if tell is not None:

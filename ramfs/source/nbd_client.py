@@ -5,7 +5,8 @@ hands that on to another one when it has what it waits for, or is cancelled. So 
 costs no switch of tasks, and a connection that nobody waits for costs nothing.
 
 Where the server allows several connections for an export, one of them is kept for urgent reads: what streams on the
-others does not stand in their way.
+others does not stand in their way. They are made when the first one is busy, by a task that ends with that: for each
+connection some servers look through the whole file before they say a word.
 """
 
 import errno
@@ -88,26 +89,10 @@ class NbdDirectory:
         return lane.connection.size
 
     async def open(self, name: str) -> "NbdSource":
-        """Open an export, on as many connections as are to be had."""
+        """Open an export, on one connection; it makes the others when they are of use."""
         uri = self._uri.with_export(name)
         first = await _Lane.connect(uri, Goal.OPEN, self._limits)
-        lanes = [first]
-        try:
-            if first.connection.multi_conn:
-                async with trio.open_nursery() as nursery:
-                    for _ in range(self._connections - 1):
-                        nursery.start_soon(self._add, uri, lanes)
-            return NbdSource(uri, lanes)
-        except BaseException:
-            for lane in lanes:
-                lane.close()
-            raise
-
-    async def _add(self, uri: NbdUri, lanes: "list[_Lane]") -> None:
-        try:
-            lanes.append(await _Lane.connect(uri, Goal.OPEN, self._limits))
-        except SourceError as error:
-            _log.info("%s; going on with fewer connections", error)
+        return NbdSource(uri, first, self._connections, self._limits)
 
     async def aclose(self) -> None:
         """Nothing is open between two calls."""
@@ -117,25 +102,59 @@ class NbdDirectory:
 class NbdSource:
     """One export, on one or more connections."""
 
-    def __init__(self, uri: NbdUri, lanes: "list[_Lane]") -> None:
-        connection = lanes[0].connection
-        if any(lane.connection.size != connection.size for lane in lanes):
-            raise SourceChanged(f"{uri} has another size on each connection")
+    def __init__(self, uri: NbdUri, first: "_Lane", connections: int, limits: Limits) -> None:
+        connection = first.connection
         self.description = str(uri)
         self.size = connection.size
         self._block = connection.block_size.minimum
         self.maximum = connection.block_size.maximum
-        self._lanes = lanes
-        # The second one is for urgent reads alone.
-        self._urgent = lanes[1 if len(lanes) > 1 else 0]
-        self._calm = [lane for lane in lanes if lane is not self._urgent] or lanes
+        self._uri = uri
+        self._limits = limits
+        self._lanes = [first]
+        self._urgent = first
+        self._calm = [first]
+        self._lacking = connections - 1 if connection.multi_conn else 0
+        self._widening = trio.CancelScope()
         self._known = Extent(0, 0, False)
         """the last one that the server told of: often it goes on far behind what was asked for"""
 
     @property
     def connections(self) -> int:
-        """How many there are."""
+        """How many there are by now."""
         return len(self._lanes)
+
+    async def widen(self) -> None:
+        """Make the connections that are lacking, once, as many as are to be had. Reads go on meanwhile."""
+        lacking, self._lacking = self._lacking, 0
+        if not lacking:
+            return
+        with self._widening:
+            async with trio.open_nursery() as nursery:
+                for _ in range(lacking):
+                    nursery.start_soon(self._add)
+
+    async def _add(self) -> None:
+        try:
+            lane = await _Lane.connect(self._uri, Goal.OPEN, self._limits)
+        except SourceError as error:
+            _log.info("%s; going on with fewer connections", error)
+            return
+        if self._widening.cancel_called:
+            lane.close()
+            return
+        self._lanes.append(lane)
+        if lane.connection.size != self.size:
+            for each in self._lanes:
+                each.distrust(SourceChanged("has another size on each connection"))
+        # The second one is for urgent reads alone.
+        self._urgent = self._lanes[1]
+        self._calm = [each for each in self._lanes if each is not self._urgent]
+
+    async def _widen_aside(self) -> None:
+        try:
+            await self.widen()
+        except Exception:  # noqa: BLE001  (what a system task raises would end the daemon)
+            _log.exception("%s: no more connections", self._uri)
 
     async def read_into(self, offset: int, buffer: memoryview, *, urgent: bool = False) -> None:
         """Fill ``buffer``: the kernel copies what it received into it, and nobody else (TLS into a bytearray does).
@@ -149,6 +168,8 @@ class NbdSource:
             await trio.lowlevel.checkpoint()
             return
         lane = self._urgent if urgent else self._calmest()
+        if self._lacking and lane.busy:
+            trio.lowlevel.spawn_system_task(self._widen_aside)
         if self._is_whole(offset, len(buffer)):
             await lane.perform(lambda connection: connection.read(offset, buffer))
             return
@@ -213,6 +234,8 @@ class NbdSource:
 
     async def aclose(self) -> None:
         """Say goodbye and close. Reads that are under way raise SourceLost."""
+        self._lacking = 0
+        self._widening.cancel()
         async with trio.open_nursery() as nursery:
             for lane in self._lanes:
                 nursery.start_soon(lane.leave)
@@ -526,6 +549,10 @@ class _Lane:
             for event in chain(self._waiting.values(), self._queueing.values()):
                 event.set()
         return self._named(error)
+
+    def distrust(self, error: SourceError) -> None:
+        """Close: what comes would be of something else. All who wait are told why."""
+        self._fail(error)
 
     async def leave(self) -> None:
         """Give up all requests, receive what the server has to say to them, and close.

@@ -43,6 +43,7 @@ async def opened(uri: str, name: str = "", **limits: Any) -> AsyncIterator[NbdSo
     connections = limits.pop("connections", 2)
     source = await NbdDirectory(uri, connections=connections, limits=Limits(**limits)).open(name)
     try:
+        await source.widen()
         yield source
     finally:
         await source.aclose()

@@ -165,12 +165,53 @@ async def test_tls_that_is_stripped_or_faked() -> None:
 @on_trio
 async def test_an_export_of_two_sizes() -> None:
     sizes = iter([5000, 6000])
-    with (
-        room() as at,
-        serving(lambda: Peer(bytes(next(sizes)), flags=3 | 256), at / "s"),
-        pytest.raises(SourceChanged),
-    ):
-        await NbdDirectory(uri_of(at / "s")).open("")
+    with room() as at, serving(lambda: Peer(bytes(next(sizes)), flags=3 | 256), at / "s"):
+        async with opened(uri_of(at / "s"), connections=1) as source:
+            assert await read(source, 0, 100) == bytes(100)
+        sizes = iter([5000, 6000])
+        async with opened(uri_of(at / "s")) as source:
+            for urgent in (False, True):
+                with pytest.raises(SourceChanged, match="another size on each connection"):
+                    await read(source, 0, 100, urgent=urgent)
+
+
+@on_trio
+async def test_the_second_connection_is_made_when_the_first_is_busy() -> None:
+    peers: list[Peer] = []
+
+    def make() -> Peer:
+        peers.append(Peer(CONTENTS, flags=3 | 256))
+        return peers[-1]
+
+    with room() as at, serving(make, at / "s"):
+        source = await NbdDirectory(uri_of(at / "s")).open("")
+        assert await read(source, 0, 100) == CONTENTS[:100]
+        assert await read(source, 0, 100, urgent=True) == CONTENTS[:100]
+        assert source.connections == len(peers) == 1
+        assert await read_all(source, 4096) == CONTENTS
+        while source.connections == 1:  # noqa: ASYNC110  (it happens aside)
+            await trio.sleep(0.001)
+        before = len(peers[0].asked)
+        assert await read(source, 0, 100, urgent=True) == CONTENTS[:100]
+        assert (len(peers), len(peers[0].asked), len(peers[1].asked)) == (2, before, 1)
+        await source.aclose()
+
+
+@on_trio
+async def test_closed_before_the_second_connection_is_there() -> None:
+    peers: list[Peer] = []
+
+    def make() -> Peer:
+        peers.append(Silent() if peers else Peer(CONTENTS, flags=3 | 256))
+        return peers[-1]
+
+    with room() as at, serving(make, at / "s"):
+        source = await NbdDirectory(uri_of(at / "s")).open("")
+        assert await read_all(source, 4096) == CONTENTS
+        while len(peers) == 1:  # noqa: ASYNC110  (it happens aside)
+            await trio.sleep(0.001)
+        await source.aclose()
+        assert source.connections == 1
 
 
 @on_trio
