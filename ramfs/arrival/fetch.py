@@ -286,6 +286,8 @@ class Arrival:
         while self.is_arriving and (runs := self.unasked(first, stop)):
             error = await self._fetch(*runs[0], urgent) or error
             first = runs[0][1]
+            if first == stop:
+                break
         return error
 
     async def _fetch(self, first: int, stop: int, urgent: bool) -> SourceError | None:

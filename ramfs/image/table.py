@@ -35,6 +35,8 @@ def runs_of(mask: Mask) -> Iterator[tuple[int, int]]:
     """The maximal runs ``[start, stop)`` of true elements of a one-dimensional mask."""
     if not len(mask):
         return iter(())
+    if mask.all():  # usual, and quickly told
+        return iter(((0, len(mask)),))
     edges: list[int] = (np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist()
     if mask[0]:
         edges.insert(0, 0)
