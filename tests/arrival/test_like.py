@@ -54,6 +54,10 @@ class Server:
         self._seen = len(lines)
         return {name: count for name, count in found.items() if name != NAME}
 
+    def connections(self, name: str) -> int:
+        """How many there were to an export, of what :meth:`taken` has looked at."""
+        return list(self._names.values()).count(name)
+
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
@@ -84,6 +88,8 @@ def test_only_what_has_changed(mounted: Mount, server: Server) -> None:
     assert (told["like"], told["taken_bytes"], told["wanted_bytes"]) == (None, 0, STORED + PAGE)
     wait_until_here(mounted)
     assert sum(server.taken().values()) == MIB * MB // 4 * 3 + 1234 + 1200
+    assert server.connections("state") == 1, "it streams from the connection that its size was asked on"
+    assert server.connections(RAM) <= 2, "... and urgent reads have another one"
     data, new = change(server.directory)
     told = pull(mounted, server.uri, "vm.2", paused=True)
     assert told["like"] == "vm"
