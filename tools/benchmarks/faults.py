@@ -98,7 +98,11 @@ def userfault(
     return bench.probe("uffd", memory, bench.size, "random", STEP, threads, number + 1, handler, cpu=client)
 
 
-@case("fault", "cold random 4 KiB fault on a mapped file, 1 and 4 threads, and in memory that userfaultfd fills")
+@case(
+    "fault",
+    "cold random 4 KiB fault on a mapped file, 1 and 4 threads, and in memory that userfaultfd fills",
+    quick=128,
+)
 def fault(bench: Bench) -> list[Measure]:
     # Most of a fault's time is waking the server and the client, and that costs several times
     # more on another core than on the same one. Which it is, the scheduler chooses anew for
