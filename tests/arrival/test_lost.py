@@ -203,7 +203,7 @@ def test_a_server_that_is_killed_and_comes_back(mounted: Mount, served: Path, tm
     mounted.expect(LOST)
     place = tmp_path / "nbd"
     with Server(served, place) as server:
-        pull(mounted, server.uri, rate=8 * MB)
+        pull(mounted, server.uri, rate=2 * MB)
         eventually(lambda: pulls(mounted)[0]["here_bytes"] > MB, "some is here")
     touch = Touch(mounted.path / "vm" / RAM, 2000)
     eventually(lambda: pulls(mounted)[0]["attempts"] > 2, "it is tried again and again")
