@@ -177,6 +177,7 @@ async def test_a_server_that_takes_its_time(disk: Path) -> None:
 
                 for at in range(0, 16 * 4096, 4096):
                     nursery.start_soon(kept, at)
+    with nbdkit("--filter=delay", "file", disk, "rdelay=2") as uri:  # longer than a busy machine takes to look again
         async with opened(uri, silence=0.03) as source:
             with pytest.raises(SourceLost, match=r"has said nothing for 0\.03 s"):
                 await read(source, 0, 4096)
