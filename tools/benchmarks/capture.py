@@ -11,7 +11,7 @@ from pathlib import Path
 
 from . import peers
 from .bench import KIB, Bench, run
-from .cases import RAMFS, case, turns
+from .cases import FULL, RAMFS, case, turns
 from .stats import Goal, Measure
 
 HERE, TMPFS = "by hand, to a file on the mount", "by hand, to tmpfs"
@@ -36,7 +36,9 @@ def holder(bench: Bench, path: Path, *arguments: int) -> Iterator[tuple[int, int
         process.communicate()
 
 
-@case("capture", "ramfs capture of a quarter of a private mapping; reading and writing these pages alone, in C")
+@case(
+    "capture", "ramfs capture of a quarter of a private mapping; reading and writing these pages alone, in C", when=FULL
+)
 def capture(bench: Bench) -> list[Measure]:
     found = []
     layouts = dict(list(LAYOUTS.items())[:: 2 if bench.quick else 1])

@@ -137,7 +137,11 @@ def xfs_directory(bench: Bench, prepare: Prepare) -> Iterator[Served]:
         yield Served(block, mount=point)
 
 
-@case("memory", "what supervisor and daemons have for themselves with 17 GiB of images touched; 5 GiB with --quick")
+@case(
+    "memory",
+    "what supervisor and daemons have for themselves with 17 GiB of images touched; 5 GiB with --quick",
+    when=FULL,
+)
 def memory(bench: Bench) -> list[Measure]:
     anonymous, beyond = f"{RAMFS}, daemon, anonymous", f"{RAMFS}, daemon, all but mapped pages of the store's layers"
     supervisor, standby = f"{RAMFS}, supervisor", f"{RAMFS}, daemon that stands by"
@@ -197,6 +201,7 @@ def resident(pid: int, kind: str = "Rss") -> dict[str, float]:
 @case(
     "takeover",
     "kill -9 of the daemon, and ramfs upgrade, under loads that check every byte; 120 times, 6 with --quick",
+    when=FULL,
 )
 def taken_over(bench: Bench) -> list[Measure]:
     kills, upgrades = (4, 2) if bench.quick else (100, 20)

@@ -11,7 +11,7 @@ from tests.vm.guest import Guest
 
 from . import peers
 from .bench import GIB, MIB, PATIENCE, ROOT, Bench, run
-from .cases import RAMFS, case, turns
+from .cases import FULL, RAMFS, case, turns
 from .stats import Goal, Measure
 
 LIVE, FROZEN, COPY = RAMFS, "ramfs, a snapshot", "a sparse copy of it on tmpfs"
@@ -32,7 +32,7 @@ def drop(path: Path) -> None:
     os.close(file)
 
 
-@case("debugger", f"drgn opens the core of a guest of 16 GiB, {USED} MiB filled, and reads its uptime")
+@case("debugger", f"drgn opens the core of a guest of 16 GiB, {USED} MiB filled, and reads its uptime", when=FULL)
 def debugger(bench: Bench) -> list[Measure]:
     took = Measure("drgn opens the core and tells the uptime, process start included", "ms", goals=[Goal(1000.0)])
     asked = Measure("read from the mount for that", "MiB")

@@ -9,12 +9,16 @@ from pathlib import Path
 
 from . import peers
 from .bench import GIB, KIB, Bench, run
-from .cases import RAMFS, XFS, case, dense, filler, made_digests, rate, serve, turns, xfs_directory
+from .cases import FULL, RAMFS, XFS, case, dense, filler, made_digests, rate, serve, turns, xfs_directory
 from .peers import Peer
 from .stats import Goal, Measure
 
 
-@case("diff", "what has changed between two generations of 64 GiB, of 16 with --quick; extents of reflinks on XFS")
+@case(
+    "diff",
+    "what has changed between two generations of 64 GiB, of 16 with --quick; extents of reflinks on XFS",
+    when=FULL,
+)
 def diff(bench: Bench) -> list[Measure]:
     size = (16 if bench.quick else 64) * GIB
     resident, written = size // 32, 5000
@@ -52,7 +56,7 @@ def diff(bench: Bench) -> list[Measure]:
 EXTENTS = f"xfs_io fiemap of both ({XFS}) and diff"
 
 
-@case("send", "a snapshot into a pipe and out of one; cat of the same file")
+@case("send", "a snapshot into a pipe and out of one; cat of the same file", when=FULL)
 def send(bench: Bench) -> list[Measure]:
     cat = "cat of the same file"
     sent = Measure("snapshot into a pipe", "GB/s", goals=[Goal(0.8, True, cat)], less_is_better=False)

@@ -25,7 +25,7 @@ from .stats import Curve
 
 T = TypeVar("T")
 
-GENERATIONS, GENERATIONS_QUICK = (1, 2, 5, 10, 20, 50, 100, 200, 500), (1, 10, 50)
+GENERATIONS, GENERATIONS_QUICK = (1, 2, 5, 10, 20, 50, 100, 200, 500), (1, 5, 25)
 IMAGES, IMAGES_QUICK = (1, 10, 100, 300, 1000), (1, 100)
 """where it is looked"""
 PART = 100

@@ -141,7 +141,12 @@ def footprints(bench: Bench, at: Ground) -> Iterator[int]:
         frozen.rmdir()
 
 
-@case("host", "host memory of a guest that has touched all of its own; not with --quick, of 8 clones of it", quick=128)
+@case(
+    "host",
+    "host memory of a guest that has touched all of its own; not with --quick, of 8 clones of it",
+    quick=128,
+    when=FULL,
+)
 def host(bench: Bench) -> list[Measure]:
     titles = (
         "host memory of one guest, all stored and flushed, of its size",

@@ -291,7 +291,8 @@ def snapshot(bench: Bench) -> Iterator[Path]:
         with (directory / "state").open("wb") as state:
             async with qmp.connect(guest.socket) as talk:
                 await talk.stop()
-                await talk.save_state(state.fileno())
+                async with talk.saving():
+                    await talk.save_state(state.fileno())
 
     with Guest(directory / "ram", mib=SIZE, boot=f"tick=0.02 fill=1:{USED}") as guest:
         guest.wait_for_line("= filled", PATIENCE)
