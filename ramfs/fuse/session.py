@@ -28,7 +28,7 @@ MAX_WAITING: Final = 1 << 20
 _LIBFUSE_OPTIONS: Final = {"allow_root"}
 #: ns that the extension looks for the next request before it goes back to the loop. Handing the thread's CPU
 #: back and being woken costs more than most gaps between the faults of one vCPU last.
-SPIN_NS: Final = 20_000
+SPIN_NS: Final = 50_000
 
 
 @contextlib.contextmanager
