@@ -168,9 +168,13 @@ def lines(axes: Axes, curve: Curve, beside: bool) -> None:
     every = sorted({x for points in curve.samples.values() for x in points})
     if curve.logarithmic:
         axes.set_xscale("log" if every[0] > 0 else "symlog")
-        axes.set_yscale("log")
+        ys = [value for points in curve.samples.values() for values in points.values() for value in values]
+        if 0 < min(ys) < max(ys) / LOGARITHMIC:
+            axes.set_yscale("log")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        else:  # what hardly changes is to look like it
+            axes.set_ylim(0, max(ys) * 1.1 or 1)
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xticks(every if len(every) <= 10 else every[:: len(every) // 8])
         axes.minorticks_off()
     else:
