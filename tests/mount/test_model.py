@@ -20,7 +20,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from hypothesis.stateful import run_state_machine_as_test as run
 from mount.posix import KEEP_SIZE, PAGE, PUNCH, ZERO_RANGE, extents, fallocate, opened, pattern, read
 
-SECONDS = float(os.environ.get("RAMFS_MODEL_SECONDS", "25"))
+SECONDS = float(os.environ.get("RAMFS_MODEL_SECONDS", "12"))
 LARGEST = 40 * PAGE
 
 offsets = st.one_of(

@@ -39,7 +39,7 @@ WEIGHTS = {"write": 10, "zero": 3, "punch": 3, "partial": 4, "truncate": 2, "syn
 WEIGHTS |= {"clone": 3, "unlink": 2, "house": 3, "takeover": 2, "direct": 4}
 #: Daemons that may die in a few seconds, for another to come at once.
 MOST_TAKEOVERS = 3
-CUTS = int(os.environ.get("RAMFS_POWER_CUTS", "48"))
+CUTS = int(os.environ.get("RAMFS_POWER_CUTS", "36"))
 
 
 @dataclass

@@ -21,7 +21,7 @@ from vm.guest import Guest
 
 from tools.benchmarks import takeover
 
-KILLS = int(os.environ.get("RAMFS_KILLS", "8"))
+KILLS = int(os.environ.get("RAMFS_KILLS", "6"))
 UPGRADES = 3
 #: Seconds between two deaths at one mount; the supervisor begins to hold daemons back then.
 GAP = 2.0
