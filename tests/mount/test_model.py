@@ -269,7 +269,7 @@ def test_the_tree_is_as_the_model_says(tmp_path_factory: pytest.TempPathFactory)
         run(
             TreeMachine,
             settings=settings(
-                max_examples=8,
+                max_examples=5,
                 stateful_step_count=30,
                 derandomize=rounds == 0 and settings().derandomize,
                 suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
