@@ -3,6 +3,9 @@
 The kernel has its copy of every page that it was handed (READ) or gave (WRITE). Which these are is noted: by the
 extension, and by LayerFile.write. Pages that the disk read ahead and nobody asked for yet are not among them
 and stay.
+
+Who reads on just behind what is dropped has the disk read around that, and some of it is back, which nobody will ask
+for. So what was dropped is looked at once more, with what is dropped next of the same layer: what was read since then.
 """
 
 import contextlib
@@ -62,6 +65,13 @@ class Marks:
             part = other.pages[first:stop]
             self.pages[first : first + len(part)] &= 1 - part
 
+    def keep(self, first: int, which: NDArray[np.uint8]) -> None:
+        """Of the pages from ``first`` on, which begins a chunk, keep those that are 1 in ``which``."""
+        part = self.pages[first : first + len(which)]
+        part &= which
+        chunks = np.bitwise_or.reduceat(part, np.arange(0, len(part), CHUNK))
+        self.chunks[first >> CHUNK_SHIFT :][: len(chunks)] = chunks
+
     def regions(self) -> Iterator[tuple[int, int]]:
         """Ranges of pages outside of which there is none."""
         for a, b in runs_of(self.chunks != 0):
@@ -100,6 +110,8 @@ class Behind(NamedTuple):
     path: str
     view: memoryview | None
     marks: Marks
+    again: Marks | None = None
+    """those that were dropped the last time, and may be back"""
 
 
 def drop(some: Iterable[Behind]) -> tuple[int, list[Behind]]:
@@ -113,17 +125,30 @@ def drop(some: Iterable[Behind]) -> tuple[int, list[Behind]]:
             fd = os.open(behind.path, os.O_RDONLY | os.O_CLOEXEC)
             stay = 0
             try:
-                for first, stop in behind.marks.regions():
-                    which = behind.marks.pages[first:stop]
+                marks = _wanted(fd, behind)
+                for first, stop in marks.regions():
+                    which = marks.pages[first:stop]
                     dropped += int(np.count_nonzero(which))
-                    which &= _drop(fd, behind.view, first, which != 0)
+                    marks.keep(first, _drop(fd, behind.view, first, which != 0))
                     stay += int(np.count_nonzero(which))
             finally:
                 os.close(fd)
             if stay:
                 dropped -= stay
-                left.append(behind)
+                left.append(behind._replace(marks=marks, again=None))
     return dropped, left
+
+
+def _wanted(fd: int, behind: Behind) -> Marks:
+    """A set of its own of all that is to be dropped."""
+    again = behind.again
+    if again is None:
+        return Marks(len(behind.marks), behind.marks)
+    for first, stop in again.regions():
+        again.keep(first, _cached(fd, first, stop - first))
+    wanted = Marks(max(len(again), len(behind.marks)), again)
+    wanted.add(behind.marks)
+    return wanted
 
 
 def _drop(fd: int, view: memoryview | None, first: int, which: NDArray[np.bool_]) -> NDArray[np.uint8]:
@@ -134,8 +159,13 @@ def _drop(fd: int, view: memoryview | None, first: int, which: NDArray[np.bool_]
             _madvise(memory.ctypes.data, len(memory), mmap.MADV_DONTNEED)
     for a, b in runs_of(which):
         os.posix_fadvise(fd, (first + a) << PAGE_SHIFT, (b - a) << PAGE_SHIFT, os.POSIX_FADV_DONTNEED)
-    there = np.zeros(len(which), np.uint8)
-    size = min(len(which) << PAGE_SHIFT, os.fstat(fd).st_size - (first << PAGE_SHIFT))
+    return _cached(fd, first, len(which))
+
+
+def _cached(fd: int, first: int, count: int) -> NDArray[np.uint8]:
+    """For each of some pages from ``first`` on, is it in the page cache?"""
+    there = np.zeros(count, np.uint8)
+    size = min(count << PAGE_SHIFT, os.fstat(fd).st_size - (first << PAGE_SHIFT))
     if size > 0:
         with mmap.mmap(fd, size, prot=mmap.PROT_READ, offset=first << PAGE_SHIFT) as looked_at:
             memory = np.frombuffer(looked_at, np.uint8)

@@ -202,6 +202,8 @@ class Layers:
         """can pages leave the page cache of the store? (On tmpfs they are nowhere else.)"""
         self._behind: dict[LayerId, Behind] = {}
         """pages on disk that the kernel keeps for the mount"""
+        self._dropped: dict[LayerId, Marks] = {}
+        """those of open files that were taken the last time: who reads on has the disk bring some back"""
         self.native: Collection[LayerId] = ()
         """layers that the kernel serves by itself: it has their pages nowhere else"""
         self.undroppable: set[LayerId] = set()
@@ -427,6 +429,7 @@ class Layers:
         file = self._files.pop(number, None)
         if file is not None:
             self._unmap(file)
+            self._dropped.pop(number, None)
             self._mapped -= 0 if file.view is None else len(file.view)
             if file.written is not None and number in self.by_id:
                 self.undroppable.add(number)  # it is forgotten which pages are not on disk
@@ -521,9 +524,14 @@ class Layers:
         found = []
         for each in [self._behind.pop(number) for number in there if number not in kept | self.undroppable]:
             open_file = self._files.get(each.layer)
-            if open_file is not None and open_file.written is not None:
-                each.marks.remove(open_file.written)  # on disk when their own sync has succeeded
-            found.append(each._replace(view=None if open_file is None else open_file.view))
+            if open_file is None:
+                found.append(each._replace(view=None))
+                continue
+            again, self._dropped[each.layer] = self._dropped.get(each.layer), each.marks
+            for marks in (each.marks, again):
+                if marks is not None and open_file.written is not None:
+                    marks.remove(open_file.written)  # on disk when their own sync has succeeded
+            found.append(each._replace(view=open_file.view, again=again))
         return found
 
     def write_digests(self, layer: LayerId) -> Behind:

@@ -36,12 +36,9 @@ def in_store(mount: Mount) -> int:
 
 
 def leaves(mount: Mount, patience: float = 12) -> None:
-    """Wait until the store's page cache has hardly any page of a layer.
-
-    When pages are dropped while somebody reads on, the disk reads some around the next ones again, which stay.
-    """
+    """Wait until the store's page cache has no page of a layer."""
     deadline = time.monotonic() + patience
-    while (now := in_store(mount)) > SIZE // 8:
+    while now := in_store(mount):
         assert time.monotonic() < deadline, f"{now} bytes are in the store's page cache"
         time.sleep(0.1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -105,6 +106,39 @@ def test_what_somebody_holds_goes_later(tmp_path: Path) -> None:
         assert drop(left) == (1, [])
 
 
+def test_what_comes_back_goes_with_what_is_dropped_next(tmp_path: Path) -> None:
+    def look() -> int:
+        dropped, left = drop(kit.store.layers.take_behind(kit.store.images.shared))
+        assert left == []
+        return dropped
+
+    def read(*which: int) -> None:
+        """Have the disk read pages of which nobody is handed anything."""
+        with path.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            assert [os.pread(file.fileno(), PAGE, page * PAGE) for page in which] == [DATA] * len(which)
+
+    with Kit(tmp_path / "store") as kit:
+        kit.write("f", 0, 3000 * DATA)
+        kit.sync()
+        (path,) = (tmp_path / "store" / "layers").glob("*.ram")
+        assert look() == 3000
+        read(7, 2000)
+        assert look() == 0  # nothing was noted of the layer
+        kit.write("f", 5 * PAGE, DATA)
+        kit.write("f", 2000 * PAGE, DATA)
+        kit.sync()
+        kit.write("f", 2000 * PAGE, DATA)  # not on disk yet
+        assert look() == 2
+        read(7)
+        kit.sync()
+        assert look() == 1  # page 7 was looked at once more
+        read(2000)
+        kit.write("f", 9000 * PAGE, DATA)
+        kit.sync()
+        assert look() == 2
+
+
 ranges = st.lists(st.tuples(st.integers(0, 3 * CHUNK - 1), st.integers(1, CHUNK)), max_size=4)
 
 
@@ -130,3 +164,8 @@ def test_marks(
     assert set(np.flatnonzero(grown.pages).tolist()) == (model | added) - removed
     inside = {page for first, stop in grown.regions() for page in range(first, stop)}
     assert inside >= (model | added) - removed
+    for first, stop in grown.regions():
+        grown.keep(first, (np.arange(first, stop) % 3 == 0).astype(np.uint8))
+    rest = {page for page in (model | added) - removed if page % 3 == 0}
+    assert set(np.flatnonzero(grown.pages).tolist()) == rest
+    assert set(np.flatnonzero(grown.chunks).tolist()) == {page // CHUNK for page in rest}
