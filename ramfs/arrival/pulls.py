@@ -30,6 +30,7 @@ from ramfs.arrival.stream import Stream, Throttle
 from ramfs.arrival.vouch import vouch
 from ramfs.errors import RamfsError, SourceError, SourceLost, SourceRefused
 from ramfs.image.digest import DIGEST
+from ramfs.image.table import Mask
 from ramfs.image.working_set import Records, batches, empty, within
 from ramfs.pager import Pager
 from ramfs.source.base import PageSource, SourceDirectory
@@ -204,6 +205,21 @@ class Pull:
                 self._taken += int(np.count_nonzero(gone[number] & known.held))
                 await arrival.settle()
                 await vouch(pager, arrival, pager.layers.path(number, "xxh3"), before | gone[number])
+
+    def note_zeros(self, zeros: Mapping[str, list[tuple[int, int]]]) -> None:
+        """Somebody says which runs of pages of its files, by their names, are zeros at the source. Raises OSError.
+
+        They are not fetched then, and compared with digests that become known later, as what came before.
+        """
+        for (name, _), arrival in zip(self._sources, self.arrivals, strict=True):
+            if name in zeros and arrival.is_arriving and not arrival.layer.promised:
+                for first, stop in zeros[name]:
+                    arrival.note_zeros(first, stop)
+
+    def zeros(self) -> dict[str, Mask]:
+        """Which pages of its files, by their names, are taken for zeros without a digest."""
+        both = zip(self._sources, self.arrivals, strict=True)
+        return {name: each.presence.states == ZEROS for (name, _), each in both if not each.layer.promised}
 
     def _wake(self) -> None:
         """Something has changed: a stream that met an error goes on at once."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ramfs.cli._generations import compare, vanishing
 from ramfs.cli._mounts import MountEntry, locate
 from ramfs.cli._picture import BLUE, GREEN, GREY, NAVY, RED, SKY, YELLOW, Kind, Panel, Picture, save_png, save_svg, text
+from ramfs.cli._states import states
 from ramfs.cli.du import files, hand_over
 from ramfs.errors import FileError, UsageError
 from ramfs.image.lineage import PageState
@@ -45,18 +46,10 @@ Drawn = Iterator[tuple[str, Numbers]]
 """Names of files, and the kinds of their pages."""
 
 
-def states(path: str) -> Numbers:
+def _states_of(path: str) -> Numbers:
     """Of each page its number in `PageState`. Raises OSError."""
     hand_over(path)
-    first: int | None = 0
-    runs: list[list[int]] = []
-    total = 0
-    while first is not None:
-        told: dict[str, Any] = json.loads(os.getxattr(path, f"user.ramfs.states.{first}", follow_symlinks=False))
-        runs += told["runs"]
-        first, total = told["next"], told["total"]
-    found = np.array(runs, np.int64).reshape(-1, 2)
-    return np.repeat(found[:, 1].astype(np.uint32), np.diff(np.append(found[:, 0], total)))
+    return states(path)
 
 
 def _named(top: str) -> list[tuple[str, str]]:
@@ -97,7 +90,7 @@ class _States:
 
     def draw(self) -> Drawn:
         for path, name in _named(self._top):
-            found = states(path)
+            found = _states_of(path)
             kinds = np.zeros(len(found), np.uint32)
             kinds[found == PageState.OWNED] = 1
             kinds[found == PageState.ABSENT] = len(self.kinds) - 1
@@ -157,7 +150,7 @@ def _differences(old: str, new: str) -> Drawn:
         path = below.get(change.path)
         if path is None:  # it was removed, or is there since
             continue
-        found = states(path)
+        found = _states_of(path)
         kinds = (found != PageState.ZERO).astype(np.uint32)
         if change.state == "added":
             kinds[kinds == 1] = 2
@@ -184,7 +177,7 @@ def _touches(top: str) -> Drawn:
     quarters[order] = 2 + (np.cumsum(counts[order]) - 1) * 4 // max(1, total)
     begin = 0
     for name, records in sets.items():
-        found = states(os.path.join(top, os.fsdecode(name)))
+        found = _states_of(os.path.join(top, os.fsdecode(name)))
         kinds = (found != PageState.ZERO).astype(np.uint32)
         each = quarters[begin : begin + len(records)]
         begin += len(records)

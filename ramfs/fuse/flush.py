@@ -11,7 +11,6 @@ import contextlib
 import errno
 import marshal
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -22,15 +21,13 @@ import trio
 
 from ramfs.errors import MountError
 from ramfs.fuse import flush_helper
+from ramfs.store.cachestat import clean_is_answered
 from ramfs.units import ROOT
 
 #: Processes at most that sync at a time; each syncs one file after the other.
 _MOST: Final = 8
 #: ... and that have the kernel read: for others there is to be time in between.
 _MOST_AHEAD: Final = 2
-#: The first Linux whose sync_file_range(2) waits for the answers to the WRITEs that it makes. Those before copy
-#: dirty pages and call them clean at once.
-_WAITS_SINCE: Final = (6, 16)
 
 
 class _Helper:
@@ -76,7 +73,7 @@ class Flusher:
         self._writing_back = trio.CapacityLimiter(_MOST)
         # ... and these hold nobody up.
         self._reading_ahead = trio.CapacityLimiter(_MOST_AHEAD)
-        self.can_write_back = _kernel() >= _WAITS_SINCE
+        self.can_write_back = clean_is_answered()
         self.pids: set[int] = set()
         """of the processes: what they have open is not in use"""
         # The first starts up while the mount is made.
@@ -166,8 +163,3 @@ class Flusher:
             helper = self._idle.pop()
             helper.close()
             helper.process.wait()
-
-
-def _kernel() -> tuple[int, ...]:
-    """Version and patch level of Linux."""
-    return tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])

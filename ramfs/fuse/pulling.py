@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ from ramfs.fuse.jobs import Job
 from ramfs.fuse.layouts import fetch_layout, plant_layout
 from ramfs.fuse.like import Likeness, like_path, newest_like
 from ramfs.image import working_set
+from ramfs.image.table import Mask
 from ramfs.image.working_set import Records
 from ramfs.inspect import layout
 from ramfs.inspect.layout import Layout
@@ -311,6 +313,8 @@ class Change(NamedTuple):
     uri: str | None = None
     rate: int | None = None
     paused: bool | None = None
+    zeros: Mapping[str, list[tuple[int, int]]] = MappingProxyType({})
+    """runs of pages of files that are zeros at the source, wherever that is"""
 
 
 class Steering(Job):
@@ -328,11 +332,12 @@ class Steering(Job):
         """Change one after the other."""
         change = self._change
         for pull in self._which:
+            pull.note_zeros(change.zeros)
             if change.uri is not None:
                 manifest = None
                 with trio.move_on_after(_PATIENCE) as limit:
                     if not pull.verified:
-                        manifest = await self._manifest(change.uri)
+                        manifest = await self._manifest(change.uri, pull.zeros())
                     if manifest is None:
                         await pull.switch(change.uri)
                 if limit.cancelled_caught:
@@ -346,10 +351,10 @@ class Steering(Job):
             pull.set_options(replace(options, rate=rate, paused=paused))
         self._told["verified"] = all(pull.verified for pull in self._which)
 
-    async def _manifest(self, uri: str) -> Manifest | None:
+    async def _manifest(self, uri: str, zeros: Mapping[str, Mask]) -> Manifest | None:
         directory = await self._pulls.opener(uri)
         try:
-            return await fetch_manifest(directory)
+            return await fetch_manifest(directory, zeros)
         finally:
             await directory.aclose()
 

@@ -6,11 +6,12 @@
     {"flatten": PATH}
     {"pull": {"uri": URI, "parent": PATH, "name": NAME, "wait": SECONDS or null, "rate": BYTES, "paused": BOOLEAN}}
     the same with {"sizes": {PATH: BYTES, ...}} instead of "uri": where that comes from is told later, by
-    {"arrival": {"path": PATH, and any of "uri", "rate", "paused"}}
+    {"arrival": {"path": PATH, and any of "uri", "rate", "paused", "zeros"}}
 
-or runs of pages to be written into one file (image/scatter.py). All but these and the first go on while the file is
-open, and reading the file tells how far they are (jobs.py). Paths are relative to the root of the mount; bytes that are
-not UTF-8 are surrogate escapes, as os.fsdecode makes them.
+or runs of pages to be written into one file (image/scatter.py). ``zeros`` are runs of pages which are zeros at the
+source, of files that have no digests yet, by what these are called there: {NAME: [[FIRST, STOP], ...], ...}. All but
+runs to be written and the first go on while the file is open, and reading the file tells how far they are (jobs.py).
+Paths are relative to the root of the mount; bytes that are not UTF-8 are surrogate escapes, as os.fsdecode makes them.
 """
 
 import errno
@@ -128,7 +129,8 @@ def parse_arrival(command: dict[str, Any]) -> Change:
     try:
         path = os.fsencode(given["path"])
         uri, rate, paused = given.get("uri"), given.get("rate"), given.get("paused")
-        change = Change(path, None if uri is None else _text(uri), None if rate is None else int(rate), paused)
+        zeros = {_text(name): [_run(*run) for run in runs] for name, runs in given.get("zeros", {}).items()}
+        change = Change(path, None if uri is None else _text(uri), None if rate is None else int(rate), paused, zeros)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise FileError(errno.EINVAL) from None
     if b"\0" in path or not isinstance(paused, bool | None) or (change.rate or 0) < 0:
@@ -142,6 +144,15 @@ def _text(value: Any) -> str:
         raise TypeError
     value.encode()
     return value
+
+
+def _run(first: Any, stop: Any) -> tuple[int, int]:
+    """Numbers of pages, from the first up to another. Raises TypeError, ValueError."""
+    if not isinstance(first, int) or not isinstance(stop, int):
+        raise TypeError
+    if not 0 <= first < stop:
+        raise ValueError
+    return first, stop
 
 
 def _fit_name(name: bytes) -> bool:

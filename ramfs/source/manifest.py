@@ -8,6 +8,7 @@ import mmap
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -17,9 +18,9 @@ from numpy.typing import NDArray
 
 from ramfs.errors import SourceBroken, SourceRefused
 from ramfs.image.digest import DIGEST
-from ramfs.image.table import NORESERVE
+from ramfs.image.table import NORESERVE, Mask, runs_of
 from ramfs.source.base import PageSource, SourceDirectory, read_whole
-from ramfs.units import MAX_FILE_SIZE, MAX_NAME, PAGE, pages
+from ramfs.units import MAX_FILE_SIZE, MAX_NAME, PAGE, PAGE_SHIFT, pages
 
 #: The file's name in a frozen directory, and of the export.
 NAME: Final = "ramfs.manifest"
@@ -31,8 +32,9 @@ MAX_PATH: Final = 4096
 MAX_SIZE: Final = 4 << 30
 #: Bytes of the largest table of files.
 _MAX_TABLE: Final = 64 << 20
-#: Bytes read in one go, at most.
+#: Bytes read in one go, at most; and the first ones, where not all are needed.
 _AT_ONCE: Final = 4 << 20
+_FIRST: Final = 64 << 10
 
 _HEADER: Final = struct.Struct("<8sIIQQ16s")
 _RECORD: Final = struct.Struct("<QQII")
@@ -41,6 +43,7 @@ _CHECKSUM: Final = 32  # its offset in the header
 HEAD: Final = _HEADER.size
 
 Digests = NDArray[np.uint8]
+_NOTHING: Final[Mapping[str, Mask]] = MappingProxyType({})
 
 
 class File(NamedTuple):
@@ -118,28 +121,29 @@ def _padded(length: int) -> int:
     return (length + 7) & ~7
 
 
-async def fetch_manifest(directory: SourceDirectory) -> Manifest | None:
+async def fetch_manifest(directory: SourceDirectory, zeros: Mapping[str, Mask] = _NOTHING) -> Manifest | None:
     """The manifest of a directory; None if it has none, or a file of another kind by that name.
 
-    Raises SourceBroken if it is damaged, and what reading raises.
+    Digests of pages that are said to be ``zeros``, by the paths of their files, are not fetched as long as the checksum
+    is right without. Raises SourceBroken if it is damaged, and what reading raises.
     """
     try:
         source = await directory.open(NAME)
     except SourceRefused:
         return None
     try:
-        return await read_manifest(source)
+        return await read_manifest(source, zeros)
     finally:
         await source.aclose()
 
 
-async def read_manifest(source: PageSource) -> Manifest | None:
+async def read_manifest(source: PageSource, zeros: Mapping[str, Mask] = _NOTHING) -> Manifest | None:
     """Read and check a manifest; None if it is a file of another kind. Raises SourceBroken, and what reading raises."""
     if source.size < _HEADER.size:
         return None
     # Of memory that was never touched there is none: it grows with what comes.
     at_once = min(_AT_ONCE, source.maximum)
-    first = bytearray(min(at_once, source.size))
+    first = bytearray(min(_FIRST if zeros else at_once, at_once, source.size))
     await read_whole(source, 0, memoryview(first))
     magic, version, count, size, digests, checksum = _HEADER.unpack_from(first)
     if magic != MAGIC:
@@ -155,17 +159,33 @@ async def read_manifest(source: PageSource) -> Manifest | None:
     memory = mmap.mmap(-1, source.size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
     memory[: len(first)] = first
     view = memoryview(memory)
-    files: dict[str, File] | None = None
-    for at in range(len(first), source.size, at_once):
-        if files is None and at >= digests:
-            # Before more is read for nothing.
-            files = await trio.to_thread.run_sync(_take_apart, memory, count, size, digests, where)
-        await read_whole(source, at, view[at : at + at_once])
-    if files is None:
-        files = await trio.to_thread.run_sync(_take_apart, memory, count, size, digests, where)
+    here = min(max(len(first), pages(digests) << PAGE_SHIFT), source.size)
+    for at in range(len(first), here, at_once):
+        await read_whole(source, at, view[at : min(at + at_once, here)])
+    # Before more is read for nothing.
+    files, places = await trio.to_thread.run_sync(_take_apart, memory, count, size, digests, where)
+    for low, high in runs_of(_unknown(source.size, files, places, zeros)):
+        end = min(high << PAGE_SHIFT, source.size)
+        for at in range(max(low << PAGE_SHIFT, here), end, at_once):
+            await read_whole(source, at, view[at : min(at + at_once, end)])
     if await trio.to_thread.run_sync(_checksum, view[:size]) != checksum:
+        if zeros:
+            return await read_manifest(source)
         raise SourceBroken(f"{where}: the manifest is damaged: its checksum is wrong")
     return Manifest(files, checksum.hex())
+
+
+def _unknown(size: int, files: Mapping[str, File], places: Mapping[str, int], zeros: Mapping[str, Mask]) -> Mask:
+    """The pages of a manifest that have more than digests of ``zeros``; the memory for these has them already."""
+    unknown = np.ones(pages(size), np.bool_)
+    for path in zeros.keys() & files.keys():
+        known, start = zeros[path][: len(files[path].digests)], places[path]
+        first, stop = pages(start), (start + len(known) * DIGEST) >> PAGE_SHIFT
+        if first < stop:
+            lacking = np.append(0, np.cumsum(~known))
+            edges = np.arange(first, stop + 1) * PAGE - start
+            unknown[first:stop] = lacking[-(-edges[1:] // DIGEST)] > lacking[edges[:-1] // DIGEST]
+    return unknown
 
 
 def _checksum(manifest: memoryview) -> bytes:
@@ -175,9 +195,12 @@ def _checksum(manifest: memoryview) -> bytes:
     return state.digest()
 
 
-def _take_apart(memory: mmap.mmap, count: int, size: int, first: int, where: str) -> dict[str, File]:
-    """The files of a manifest's table, all numbers checked. Raises SourceBroken."""
+def _take_apart(
+    memory: mmap.mmap, count: int, size: int, first: int, where: str
+) -> tuple[dict[str, File], dict[str, int]]:
+    """The files of a manifest's table, and where their digests begin, all numbers checked. Raises SourceBroken."""
     files: dict[str, File] = {}
+    places: dict[str, int] = {}
     known: dict[int, int] = {}
     at, end, before = _HEADER.size, first, b""
     for _ in range(count):
@@ -202,10 +225,11 @@ def _take_apart(memory: mmap.mmap, count: int, size: int, first: int, where: str
             raise SourceBroken(f"{where}: a manifest whose digests overlap")
         digests = np.frombuffer(memory, np.uint8, total * DIGEST, offset).reshape(-1, DIGEST)
         digests.flags.writeable = False
-        files[path.decode("utf-8", "surrogateescape")] = File(bytes_, digests)
+        name = path.decode("utf-8", "surrogateescape")
+        files[name], places[name] = File(bytes_, digests), offset
     if at != first or end != size:
         raise SourceBroken(f"{where}: a manifest with something between its parts")
-    return files
+    return files, places
 
 
 def is_path(path: bytes) -> bool:

@@ -101,6 +101,38 @@ def test_digests_of_something_else(mounted: Mount, server: Server) -> None:
     assert read(ram) == data
 
 
+@pytest.mark.parametrize("true", [True, False])
+def test_zeros_that_are_told(mounted: Mount, server: Server, true: bool) -> None:
+    """They are not fetched. If they are none the digests bring it to light."""
+    data = (server.directory / RAM).read_bytes()
+    manifest = (server.directory / NAME).read_bytes()
+    (server.directory / NAME).unlink()
+    held(mounted, {RAM: SIZE}, "vm")
+    hole = 3 * MB // PAGE
+    runs = [[hole + 4, hole + 100], [hole + 200, hole + 256]] if true else [[hole - 2, hole + 4]]
+    steer(mounted, "vm", zeros={RAM: [*runs, [1 << 30, 1 << 31]], "another": [[0, 1]]})
+    ram = mounted.path / "vm" / RAM
+    assert counts(ram)["zero"] == sum(stop - first for first, stop in runs)
+    steer(mounted, "vm", uri=server.uri)
+    assert Touch(ram, runs[0][0]).end() == bytes(PAGE)
+    assert server.taken() == {}
+    (server.directory / NAME).write_bytes(manifest)
+    told = control(mounted, {"arrival": {"path": "vm", "uri": server.uri, "paused": False}})
+    if not true:
+        assert "2 pages that came before are not what it promises" in told["error"]["message"]
+        return
+    assert told["error"] is None
+    steer(mounted, "vm", zeros={RAM: [[0, 2]]})  # too late: there are digests
+    wait_until_here(mounted)
+    assert read(ram) == data
+
+
+def test_zeros_that_cannot_be(mounted: Mount) -> None:
+    for zeros in (7, [1], {"a": 1}, {"a": [1]}, {"a": [[1]]}, {"a": [[2, 2]]}, {"a": [[-1, 2]]}, {"a": [["0", 2]]}):
+        with pytest.raises(OSError, match="Invalid"):
+            control(mounted, {"arrival": {"path": "", "zeros": zeros}})
+
+
 @pytest.mark.parametrize(
     "sizes", [{}, {"a": -1}, {"a": 1 << 63}, {"a": "x"}, ["a"], 7, {"a": 1, "a/b": 1}, {".snap": 1}, {"../a": 1}]
 )

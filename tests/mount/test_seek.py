@@ -6,6 +6,7 @@ import errno
 import json
 import mmap
 import os
+import random
 import signal
 import subprocess
 import threading
@@ -16,6 +17,9 @@ from pathlib import Path
 import pytest
 from harness import Mount
 from mount.posix import PAGE, PUNCH, Process, eventually, extents, fails, fallocate, opened, pattern, read
+
+from ramfs.cli._states import read_zeros, zero_runs
+from ramfs.store.cachestat import dirty_bytes
 
 SIZE = 256 * PAGE
 
@@ -257,6 +261,61 @@ def test_a_virtual_file_has_data_as_far_as_it_reads(shared: Mount) -> None:
             os.lseek(fd, length, os.SEEK_DATA)
     with opened(shared.path, os.O_RDONLY) as fd, fails(errno.ENXIO):
         os.lseek(fd, 0, os.SEEK_DATA)
+
+
+# --- without writing back ---
+
+
+def test_zeros_are_told_without_writing_back(shared: Mount, path: Path) -> None:
+    with opened(path) as fd, mmap.mmap(fd, 0) as memory:
+        memory[11 * PAGE : 13 * PAGE] = bytes(2 * PAGE)
+        memory[100 * PAGE : 104 * PAGE] = bytes(2 * PAGE) + pattern(2 * PAGE)
+        _ = memory[200 * PAGE]  # in the cache, and clean
+        before = dirty_bytes(fd)
+        zeros = zero_runs(str(path), 10)
+        assert dirty_bytes(fd) == before == 6 * PAGE
+        assert zeros.known == [(0, 10), (20, 100), (104, 256)]
+        assert pages_in(zeros.possible) == {11, 12, 100, 101, 102, 103}
+        assert pages_in(read_zeros(str(path), zeros.possible)) == {11, 12, 100, 101}
+        assert zero_runs(str(path), 0) == ([], []), "what there was no time to look at may be dirty"
+
+
+def pages_in(runs: list[tuple[int, int]]) -> set[int]:
+    return {page for first, stop in runs for page in range(first, stop)}
+
+
+def test_what_was_stored_is_never_told_as_zeros(path: Path) -> None:
+    """Whatever is on its way to the daemon in that moment."""
+    order = list(range(20, 256))
+    random.Random(7).shuffle(order)
+    stored = 0
+    done = threading.Event()
+
+    def store() -> None:
+        nonlocal stored
+        with opened(path) as fd, mmap.mmap(fd, 0) as memory:
+            for page in order:
+                memory[page * PAGE] = 1
+                stored += 1
+                time.sleep(0.002)
+        done.set()
+
+    def sync() -> None:
+        with opened(path) as fd:
+            while not done.is_set():
+                os.fsync(fd)
+
+    threads = [threading.Thread(target=work) for work in (store, sync)]
+    for thread in threads:
+        thread.start()
+    looks = 0
+    while not done.is_set() or not looks:
+        before = set(order[:stored])
+        assert not before & pages_in(zero_runs(str(path), 10).known)
+        looks += 1
+    for thread in threads:
+        thread.join()
+    assert pages_in(zero_runs(str(path), 10).known) == set(range(10))
 
 
 # --- tools ---

@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import trio
 import xxhash
@@ -58,6 +59,22 @@ def test_what_is_written_is_read(files: dict[bytes, bytes], limit: int) -> None:
         assert found.files[name].size == len(data)
         assert (found.files[name].digests == expected.digests).all()
         assert not found.files[name].digests.flags.writeable
+
+
+@pytest.mark.parametrize("path", ["ram", "name"])  # the digests begin at different places of a page
+@pytest.mark.parametrize("wrong", [False, True])
+def test_digests_of_known_zeros_are_not_fetched(path: str, wrong: bool) -> None:
+    """... as long as they are zeros: else all are."""
+    zeros = np.ones(5000, np.bool_)
+    data = bytearray(5000 * PAGE)
+    for page in (0, 2000, 4500, 4999):
+        data[page * PAGE] = 1
+        zeros[page] = wrong and page == 4500
+    source = MemorySource(bytes(manifest_of({path: bytes(data), "small": b"x"})))
+    found = trio.run(read_manifest, source, {path: zeros, "other": zeros})
+    assert found is not None
+    assert (found.files[path].digests == file_of(bytes(data)).digests).all()
+    assert (source.asked < 80000) == (not wrong)
 
 
 @given(st.data())

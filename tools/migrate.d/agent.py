@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from typing import Any
 
 from ramfs import qmp
@@ -179,7 +180,13 @@ class Agent:
 
     async def part(self, directory: str, data: str) -> None:
         """A part of the devices' state."""
-        await asyncio.to_thread(_append, os.path.join(directory, "state"), base64.b64decode(data))
+        part = zlib.decompress(base64.b64decode(data))
+        await asyncio.to_thread(_append, os.path.join(directory, "state"), part)
+
+    async def zeros(self, directory: str, zeros: dict[str, list[tuple[int, int]]]) -> None:
+        """Runs of pages of its files that are zeros at the source. Raises RamfsError, OSError."""
+        mount, way = await asyncio.to_thread(locate, directory)
+        await asyncio.to_thread(outcome, mount, {"arrival": {"path": way, "zeros": zeros}})
 
     async def load(self, directory: str, uri: str, resume: bool, command: list[str]) -> dict[str, Any]:
         """Take the memory from a source, and let QEMU load the state; as :meth:`take`."""

@@ -39,8 +39,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,6 +50,7 @@ import click
 
 from ramfs import qmp
 from ramfs.cli._flush import flush, in_thread, rounds
+from ramfs.cli._states import read_zeros, zero_runs
 from ramfs.cli._stopping import discard, only_one, sweep, temporary_file
 from ramfs.cli._text import duration, human, parse_size
 from ramfs.cli.snapshot import Snapshot
@@ -61,6 +64,11 @@ FALLS = 0.75
 _CLEARING = 60
 #: Bytes of the devices' state in one order.
 _PART = 1 << 20
+#: Seconds in which it is looked for what only the kernel has of the stopped guest, about; runs of that which are read
+#: before what was found is told; runs of zeros that are told at once, at most; and pages of each of them, at least.
+_LOOK, _SOME, _RUNS, _SHORT = 0.3, 64, 2000, 4
+#: Seconds that the guest waits for the first of that.
+_SOON = 0.02
 _STATE, _MANIFEST = "state", "ramfs.manifest"
 _ENDED = "the server ended: "
 #: Starts the server again when it ends, as nbdkit 1.32 does when a connection breaks at the wrong moment; also when we
@@ -391,6 +399,12 @@ class Migration:
         """the last snapshot, when it is to be made"""
         self.state = -1
         """a descriptor of the devices' state"""
+        self.sent = 0
+        """bytes of it that were sent"""
+        self.telling: asyncio.Task[None] | None = None
+        """looks for zeros, and tells of them"""
+        self.told = asyncio.Event()
+        """the other host has heard of the holes, which are looked for first"""
         self.was_running = False
         self.stopped_at: float | None = None
         self.fate = ""
@@ -518,12 +532,15 @@ class Migration:
                 now = "" if self.report.downtime is None else f", after {duration(self.report.downtime)}"
                 say(f"the guest is there{now}")
                 await self._end_here()
-                if later:
+                if self.telling is not None:
+                    if not self.told.is_set():  # where the files have holes is of no use any more
+                        self.telling.cancel()
                     await self._freeze_behind(list(sizes))
+                    self.telling.cancel()
             wrong = await self._arrive(made["pull"], verified=verified)
             if before is not None:
                 await self.other.do("remove", directory=before)
-            amount = self.server.asked() + os.fstat(self.state).st_size
+            amount = self.server.asked() + self.sent
             self.report.behind = Round(amount, time.monotonic() - begin)
         if wrong:
             self._disbelieve(wrong)
@@ -563,20 +580,53 @@ class Migration:
             await guest.save_state(self.state)
         if await in_thread(self._sizes) != sizes:
             raise Failed(f"files in {self.directory} were made, removed or changed their size")
-        if not later:
+        if later:
+            self.telling = asyncio.create_task(self._tell_zeros(list(sizes)))
+        else:
             await self._freeze_state()
             await in_thread(lambda: self._show_frozen(list(sizes)))
             say("pull of what is left")
         at = 0
         while part := os.pread(self.state, _PART, at):
-            await self.other.do("part", directory=self.target, data=base64.b64encode(part).decode())
-            at += len(part)
+            packed = zlib.compress(part, 1)
+            await self.other.do("part", directory=self.target, data=base64.b64encode(packed).decode())
+            at, self.sent = at + len(part), self.sent + len(packed)
         say("start there")
         how = {"directory": self.target, "uri": self.server.uri, "resume": not later, "command": self.command}
         told = await self.other.do("load", **how)
         if told["wrong"]:
             raise Failed(told["wrong"])
+        if later:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.told.wait(), _SOON)
         return bool(told["verified"])
+
+    async def _tell_zeros(self, names: list[str]) -> None:
+        """Tell the other host where the stopped guest has zeros, which are not fetched then beside what is touched.
+
+        First what is a hole, and soon what the guest has made so and only the kernel knows of. Whatever of that fails,
+        or comes too late, has more fetched and nothing else.
+        """
+        with contextlib.suppress(RamfsError, OSError):
+            paths = {name: os.path.join(self.directory, name) for name in names}
+            found = {name: await in_thread(partial(zero_runs, path, _LOOK)) for name, path in paths.items()}
+            await self._tell_longest({name: zeros.known for name, zeros in found.items()})
+            self.told.set()
+            for name, zeros in found.items():
+                # What is large is a program's data, and neither the first that is touched nor zeros.
+                possible = sorted(zeros.possible, key=lambda run: run[1] - run[0])
+                for low in range(0, len(possible), _SOME):
+                    part = possible[low : low + _SOME]
+                    await self._tell_longest({name: await in_thread(partial(read_zeros, paths[name], part))})
+
+    async def _tell_longest(self, zeros: dict[str, list[tuple[int, int]]]) -> None:
+        """Tell of runs of zeros, but for short ones, around which it takes more requests than they save."""
+        told: dict[str, list[tuple[int, int]]] = {}
+        runs = ((stop - first, first, stop, name) for name in zeros for first, stop in zeros[name])
+        for _, first, stop, name in sorted((run for run in runs if run[0] >= _SHORT), reverse=True)[:_RUNS]:
+            told.setdefault(name, []).append((first, stop))
+        if told:
+            await self.other.do("zeros", directory=self.target, zeros=told)
 
     async def _freeze_state(self) -> None:
         """Make the last snapshot, with the state in it."""
