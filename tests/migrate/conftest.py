@@ -2,15 +2,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import pytest
 from harness import Mount
-from hosts import NEEDS, Host, hosts
+from hosts import NEEDS, hosts
+from migrate.tool import Pair, Tool
 from vm.conftest import Lab
-from vm.guest import images
+from vm.guest import Guest, images
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -18,15 +19,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if Path(__file__).parent in item.path.parents:
                 item.add_marker(pytest.mark.skip(reason=NEEDS))
-
-
-class Pair(NamedTuple):
-    """Two hosts, and on each a mount with its guests."""
-
-    a: Host
-    b: Host
-    on_a: Lab
-    on_b: Lab
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -44,3 +36,18 @@ def pair(shm: Path) -> Iterator[Pair]:
             labs.append(Lab(stack.enter_context(Mount(shm / f"{name}.store", shm / name, prefix=host.prefix))))
             stack.callback(labs[-1].close)
         yield Pair(a, b, *labs)
+
+
+@pytest.fixture
+def migrate(pair: Pair, tmp_path: Path) -> Iterator[Callable[..., Tool]]:
+    made: list[Tool] = []
+
+    def make(guest: Guest, *options: str, **more: Any) -> Tool:
+        room = tmp_path / str(len(made))
+        room.mkdir()
+        made.append(Tool(pair, guest, room, *options, **more))
+        return made[-1]
+
+    yield make
+    for tool in made:
+        tool.close()

@@ -6,7 +6,7 @@ import time
 
 import pytest
 from arrival.conftest import pull, pulls, served_on, steer, wait_until_here
-from migrate.conftest import Pair
+from migrate.tool import Pair
 from mount.posix import eventually
 from vm.conftest import assert_goes_on_from, assert_no_tick_is_missing, snapshot
 from vm.guest import MIB
