@@ -275,6 +275,12 @@ def readable(fd: int, timeout: float | None = None) -> bool:
     return bool(poll.poll(None if timeout is None else timeout * 1000))
 
 
+def caches_emptied() -> int:
+    """How often somebody has emptied the machine's caches: tests that run beside this one do so."""
+    told = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    return int(told["drop_pagecache"]) + int(told["drop_slab"])
+
+
 def children(pid: int) -> list[int]:
     """The processes that a supervisor has started: the daemon, and after a while one that stands by."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
