@@ -117,6 +117,18 @@ def _remove(directory: Path) -> None:
     subprocess.run(["rm", "-rf", directory], check=False)  # trees may be deeper than Python can recurse
 
 
+# --- what takes long comes first ---
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with files that boot guests or are slow, then the largest: workers get whole files (tools/test), and a
+    long one at the end would leave the others idle."""
+    long = {item.path for item in items if item.get_closest_marker("vm") or item.get_closest_marker("slow")}
+    size = {path: path.stat().st_size for path in {item.path for item in items}}
+    items.sort(key=lambda item: (item.path not in long, -size[item.path]))  # stable: each file's stay in order
+
+
 # --- in CI nothing skips ---
 
 

@@ -18,7 +18,7 @@ import pytest
 from arrival.conftest import MB, control, nbdkit, pull, pulls, steer, wait_until_here
 from arrival.test_like import Server
 from arrival.test_verified import Touch, seal
-from harness import Mount
+from harness import RAMFS, Mount
 from mount.posix import PAGE, eventually, opened, pattern, read, status
 from nbd.servers import make_authority, make_certificate
 
@@ -116,7 +116,7 @@ def test_before_linux_6_9_what_waits_beyond_what_is_kept_is_lost_with_the_daemon
         for page, touch in ended.items():
             assert touch.end() == pattern(MIB * MB)[page * PAGE : (page + 1) * PAGE]
         assert len(touches) - len(ended) >= 120 - (256 - 200), "that many could be kept after all"
-    assert subprocess.run([sys.executable, "-m", "ramfs", "umount", "--abort", mount.path], check=False).returncode == 0
+    assert subprocess.run([*RAMFS, "umount", "--abort", mount.path], check=False).returncode == 0
     for touch in touches.values():
         touch.thread.join(10)
         assert not touch.waits

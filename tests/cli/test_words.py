@@ -11,9 +11,9 @@ from pathlib import Path
 
 import click
 import pytest
-from cli.conftest import call, run
+from cli.conftest import Outcome, call, run
 
-from ramfs.cli import cli
+from ramfs.cli import cli, main
 from ramfs.cli.mount import IGNORED, OURS, PASSED
 from ramfs.errors import EXIT_CODES, RamfsError
 
@@ -153,8 +153,16 @@ def test_no_arguments_at_all_is_help_and_an_error() -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_wrong_command_lines(args: list[str], words: list[str], tmp_path: Path) -> None:
-    run(*args, cwd=tmp_path).failed(16 if args[0] == "fsck" else 2, *words)  # fsck(8) has codes of its own
+def test_wrong_command_lines(
+    args: list[str],
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = main(args)  # as `python -m ramfs` does; a process for each would be a hundred
+    Outcome(code, *capfd.readouterr()).failed(16 if args[0] == "fsck" else 2, *words)  # fsck(8) has codes of its own
     assert list(tmp_path.iterdir()) == []
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from harness import RAMFS
 
 
 def run(*command: object) -> str:
@@ -23,7 +23,7 @@ def run(*command: object) -> str:
 def fsck(store: Path) -> None:
     """`ramfs fsck` must find nothing."""
     done = subprocess.run(
-        [sys.executable, "-m", "ramfs", "fsck", str(store)],
+        [*RAMFS, "fsck", str(store)],
         capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert done.returncode == 0, f"fsck: {done.stdout}{done.stderr}"

@@ -13,7 +13,6 @@ import select
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import pytest
 from fault.conftest import fsck, needs_root
-from harness import Mount
+from harness import RAMFS, Mount
 from mount.posix import PAGE, opened, page_counts, page_of, pattern, read
 
 pytestmark = needs_root
@@ -60,7 +59,7 @@ def copy(mount: Mount) -> None:
 
 
 def clone(mount: Mount) -> None:
-    command = [sys.executable, "-m", "ramfs", "clone", mount.path / "tree", mount.path / "clone"]
+    command = [*RAMFS, "clone", mount.path / "tree", mount.path / "clone"]
     subprocess.run(command, check=True, capture_output=True)
 
 

@@ -8,11 +8,10 @@ import os
 import re
 import stat
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from harness import Mount
+from harness import RAMFS, Mount
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mount.posix import (
@@ -37,7 +36,7 @@ def cp(*args: object) -> None:
 
 
 def ramfs(*args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ramfs", *map(str, args)]
+    command = [*RAMFS, *map(str, args)]
     return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
 
 

@@ -10,7 +10,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from disk import reflink_disk
-from harness import Mount
+from harness import RAMFS, Mount
 from mount.posix import (
     KEEP_SIZE,
     PAGE,
@@ -106,9 +105,7 @@ def released(mount: Path) -> None:
 
 
 def ramfs(*words: object) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "ramfs", *map(str, words)], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*RAMFS, *map(str, words)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done
     return done.stdout
 

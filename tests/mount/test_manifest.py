@@ -6,12 +6,11 @@ import errno
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import trio
-from harness import Mount
+from harness import RAMFS, Mount
 from mount.posix import NOBODY, PAGE, errno_of, eventually, fails, in_child, opened, page_of, pattern, read, status
 from source.cases import file_of
 
@@ -229,7 +228,7 @@ def test_flattened_while_it_is_read(here: Path, shared: Mount) -> None:
         snap(here, str(generation))
     frozen = here / ".snap" / "3"
     before = (frozen / NAME).read_bytes()
-    with subprocess.Popen([sys.executable, "-m", "ramfs", "flatten", frozen], stdout=subprocess.PIPE) as flatten:
+    with subprocess.Popen([*RAMFS, "flatten", frozen], stdout=subprocess.PIPE) as flatten:
         while flatten.poll() is None:
             assert (frozen / NAME).read_bytes() == before
     assert flatten.returncode == 0

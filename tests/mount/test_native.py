@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import Mount
+from harness import RAMFS, Mount
 from mount.posix import (
     PAGE,
     PUNCH,
@@ -397,9 +397,7 @@ def test_the_next_daemon_goes_on(make_mount: Callable[..., Mount]) -> None:
         assert memory.bytes() == expected  # while nobody serves the mount
         assert os.pread(fd, SIZE, 0) == expected
         eventually(lambda: status(mount.path)["pid"] != old, "another daemon serves")
-        run = subprocess.run(
-            [sys.executable, "-m", "ramfs", "flatten", cached_one], capture_output=True, text=True, check=False
-        )
+        run = subprocess.run([*RAMFS, "flatten", cached_one], capture_output=True, text=True, check=False)
         assert "flattened" in run.stdout, run
         for path, native in ((frozen, True), (cached_one, False)):
             with opened(path, os.O_RDONLY) as again:
@@ -468,7 +466,7 @@ def test_a_lost_page_is_not_served(make_mount: Callable[..., Mount]) -> None:
     mount.start()
     last_page_is_lost()
     mount.umount()
-    fsck = [sys.executable, "-m", "ramfs", "fsck", "--repair", mount.store]
+    fsck = [*RAMFS, "fsck", "--repair", mount.store]
     assert subprocess.run(fsck, capture_output=True, check=False).returncode == 1
     os.truncate(layer, SIZE)
     mount.start()

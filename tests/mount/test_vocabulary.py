@@ -10,14 +10,13 @@ import sqlite3
 import stat
 import struct
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import Mount
+from harness import RAMFS, Mount
 from mount.posix import (
     AT_EMPTY_PATH,
     BTIME,
@@ -263,7 +262,7 @@ def test_after_a_crash_only_what_has_a_name_is_there(make_mount: Callable[..., M
     assert read(mount.path / "named") == pattern(PAGE)
     assert status(mount.path)["inodes"] == before + 1
     mount.umount()
-    assert run(sys.executable, "-m", "ramfs", "fsck", mount.store)[0] == 0
+    assert run(*RAMFS, "fsck", mount.store)[0] == 0
     mount.start()
 
 
@@ -471,7 +470,7 @@ def test_a_copy_is_made_when_it_is_copied(frozen: Path) -> None:
     assert btime(vm / ".snap") == btime(vm)
     assert statx(frozen / "ram", BASIC).mtime == statx(vm / "ram", BASIC).mtime
     subprocess.run(["cp", "-a", frozen, top / "copy"], check=True)
-    assert run(sys.executable, "-m", "ramfs", "clone", vm, top / "clone")[0] == 0
+    assert run(*RAMFS, "clone", vm, top / "clone")[0] == 0
     assert moment < btime(top / "copy") < btime(top / "copy" / "ram") < btime(top / "clone")
     assert btime(top / "clone") == btime(top / "clone" / "ram")
 
@@ -484,7 +483,7 @@ def test_a_store_of_before(make_mount: Callable[..., Mount]) -> None:
     catalog = sqlite3.connect(mount.store / "catalog.sqlite", isolation_level=None)
     catalog.execute("ALTER TABLE inodes DROP COLUMN btime")
     catalog.close()
-    assert run(sys.executable, "-m", "ramfs", "fsck", mount.store)[0] == 0
+    assert run(*RAMFS, "fsck", mount.store)[0] == 0
     mount.start()
     (mount.path / "new").touch()
     assert not agree(mount.path / "old").mask & BTIME

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 
 import pytest
-from harness import is_mounted, unmount
+from harness import RAMFS, is_mounted, unmount
 from service.conftest import Load, Manager
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -17,9 +16,7 @@ ABORT = "mount -t fusectl control /sys/fs/fuse/connections; echo 1 > /sys/fs/fus
 
 
 def fsck(manager: Manager) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "ramfs", "fsck", manager.store], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*RAMFS, "fsck", manager.store], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from harness import unmeasured
+from store import killed
 from store.killed import State, states, work
 from storekit import Kit
 
@@ -27,6 +29,13 @@ def read(kit: Kit, path: str) -> bytes | None:
         return kit.read(path)
     except FileError:
         return None
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Not measured: who is killed could not tell anything anyway."""
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, env=unmeasured()
+    )
 
 
 def cut(data: bytes | None, at: int) -> bytes:
@@ -84,9 +93,7 @@ def everything_goes(directory: Path, found: dict[str, bytes | None]) -> None:
 
 
 def test_the_work_does_what_it_says(tmp_path: Path) -> None:
-    from store.killed import run
-
-    run(str(tmp_path / "s"), lambda number: None)
+    killed.run(str(tmp_path / "s"), lambda number: None)
     expected: State = states()[-1]
     with Kit(tmp_path / "s") as kit:
         assert {path: kit.read(path) for path in expected} == expected
@@ -98,7 +105,7 @@ def test_the_work_does_what_it_says(tmp_path: Path) -> None:
 def test_killed_at_a_step(shm: Path, start: int) -> None:
     """Odd steps die before their call, even ones after it."""
     command = [sys.executable, str(SCRIPT), "fork", str(shm), str(1 + start), "100000", str(2 * STRIDE)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    done = run(command)
     assert done.returncode == 0, done.stderr
     kills = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(kills) > 300 // STRIDE
@@ -117,7 +124,7 @@ def test_killed_within_sqlite(shm: Path, call: str) -> None:
         directory = shm / f"{call}-{when}"
         command = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={call}"]
         command += ["-e", f"inject={call}:signal=KILL:when={when}", sys.executable, str(SCRIPT), "once", str(directory)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+        done = run(command)
         assert "Traceback" not in done.stderr, done.stderr
         acknowledged = [int(line) for line in done.stdout.split()]
         judge(directory, acknowledged[-1] if acknowledged else 0, f"killed at {call} number {when}")

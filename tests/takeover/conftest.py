@@ -6,14 +6,13 @@ import contextlib
 import itertools
 import mmap
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from enum import IntEnum
 from pathlib import Path
 
 import pytest
-from harness import Mount
+from harness import RAMFS, Mount
 
 #: Seconds after which a system call that waits for a mount is freed, by ending the mount.
 PATIENCE = 60
@@ -129,7 +128,7 @@ def drop_caches(what: str = "2") -> None:
 def fsck(store: Path) -> None:
     """`ramfs fsck` must find nothing."""
     done = subprocess.run(
-        [sys.executable, "-m", "ramfs", "fsck", str(store)],
+        [*RAMFS, "fsck", str(store)],
         capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert done.returncode == 0, f"fsck: {done.stdout}{done.stderr}"

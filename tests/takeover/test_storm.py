@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from disk import reflink_disk
-from harness import Mount
+from harness import RAMFS, UNMEASURED, Mount
 from mount.posix import status
 from takeover.conftest import freed, fsck
 from vm.guest import Guest
@@ -45,7 +44,7 @@ def mounts(request: pytest.FixtureRequest, shm: Path) -> Iterator[list[Mount]]:
         stores = stack.enter_context(reflink_disk(shm, "xfs", 2 << 30)) if native else shm
         mounts = []
         for number in range(3):
-            mounts.append(Mount(stores / f"store{number}", shm / f"mnt{number}").start())
+            mounts.append(Mount(stores / f"store{number}", shm / f"mnt{number}", env=UNMEASURED).start())
             stack.callback(mounts[-1].abandon)
             mounts[-1].expect(r"\(process \d+\) was ended by signal 9; going on")
         yield mounts
@@ -63,7 +62,7 @@ def test_killed_and_upgraded_under_load(mounts: list[Mount], steady: Path) -> No
         guest = stack.enter_context(Guest(directory / "ram", boot="fill=1:4"))
         guest.wait_for_line("guest is up", 60)
         guest.wait_for_line("= filled", 60)
-        storm = takeover.Storm([(m.path, m.store) for m in mounts], steady, [sys.executable, "-m", "ramfs"])
+        storm = takeover.Storm([(m.path, m.store) for m in mounts], steady, RAMFS)
         stack.callback(storm.abandon)
         storm.add_guest(guest, directory)
         native = mounts[2].store.parent != mounts[2].path.parent

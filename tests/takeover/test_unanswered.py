@@ -12,13 +12,12 @@ import json
 import os
 import stat
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from harness import Mount
+from harness import RAMFS, Mount
 from mount.posix import (
     RENAME_EXCHANGE,
     RENAME_NOREPLACE,
@@ -455,7 +454,7 @@ def tree(here: Path) -> Path:
 @case(Request.WRITE, tree)
 class Clone:
     def act(self, here, _):
-        command = [sys.executable, "-m", "ramfs", "clone", here / "vm", here / "copy"]
+        command = [*RAMFS, "clone", here / "vm", here / "copy"]
         assert here.stat().st_nlink == 3
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, ""), done

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ from vm.guest import Guest, images
 
 
 class Lab:
-    """A mount with its store in memory, and the guests that live on it."""
+    """A mount with its store in memory, or a directory there, and the guests that live on it."""
 
-    def __init__(self, mount: Mount) -> None:
+    def __init__(self, mount: Mount, path: Path | None = None) -> None:
         self.mount = mount
+        self.path = path or mount.path
         self.guests: list[Guest] = []
 
     def directory(self, name: str) -> Path:
-        path = self.mount.path / name
+        path = self.path / name
         path.mkdir()
         return path
 
@@ -96,8 +98,8 @@ def guest_images() -> None:
 def make_lab(shm: Path) -> Iterator[Callable[..., Lab]]:
     made: list[Lab] = []
 
-    def make(options: Sequence[str] = ()) -> Lab:
-        lab = Lab(Mount(shm / f"store{len(made)}", shm / f"mnt{len(made)}", options))
+    def make(options: Sequence[str] = (), env: Mapping[str, str] | None = None) -> Lab:
+        lab = Lab(Mount(shm / f"store{len(made)}", shm / f"mnt{len(made)}", options, env=env))
         made.append(lab)
         lab.mount.start()
         return lab
@@ -111,3 +113,24 @@ def make_lab(shm: Path) -> Iterator[Callable[..., Lab]]:
 @pytest.fixture
 def lab(make_lab: Callable[..., Lab]) -> Lab:
     return make_lab()
+
+
+@pytest.fixture(scope="module")
+def shared(module_shm: Path) -> Iterator[Mount]:
+    """A mount for all tests of a module."""
+    with Mount(module_shm / "store", module_shm / "mnt") as mount:
+        yield mount
+
+
+@pytest.fixture
+def corner(shared: Mount, tmp_path: Path) -> Iterator[Lab]:
+    """A directory of its own on the module's mount, removed at the end."""
+    assert shared.running, f"the daemon has died: {shared.log}"
+    lab = Lab(shared, shared.path / tmp_path.name)
+    lab.path.mkdir()
+    yield lab
+    lab.close()
+    for directory in lab.path.iterdir():
+        for snapshot in (directory / ".snap").iterdir():
+            snapshot.rmdir()
+    shutil.rmtree(lab.path)

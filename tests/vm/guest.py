@@ -32,6 +32,9 @@ PAGE = 4096
 #: The pages of one part of the data that the guest fills, for each MiB that it was told to fill.
 PART_PAGES_PER_MIB = 32
 
+#: Spares a boot a fifth of the processor's time: the kernel tests neither its ciphers nor its clocks.
+_SOONER = "cryptomgr.notests no_timer_check tsc=reliable"
+
 _TREE = Path(__file__).parents[2]
 _TICK = re.compile(r"tick (\d+)")
 
@@ -106,7 +109,7 @@ class Guest:
             command += ["-machine", "pc", "-mem-path", str(memory)]
         if kernel:
             linux, initrd = images()
-            line = f"console=ttyS0 quiet panic=-1 {boot}"
+            line = f"console=ttyS0 quiet panic=-1 {_SOONER} {boot}"
             command += ["-kernel", str(linux), "-initrd", str(initrd), "-append", line]
         if incoming:
             command += ["-incoming", "defer"]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import Mount
+from harness import UNMEASURED, Mount
 from mount.posix import eventually
 from vm.conftest import Lab, cp, ramfs, snapshot
 from vm.guest import MIB, PAGE, Guest
@@ -33,6 +34,11 @@ def counts(path: Path) -> dict[str, int]:
     done = ramfs("du", "--json", path)
     assert (done.returncode, done.stderr) == (0, ""), done
     return {state: pages * PAGE for state, pages in json.loads(done.stdout)["total"].items()}
+
+
+@pytest.fixture
+def lab(make_lab: Callable[..., Lab]) -> Lab:
+    return make_lab(env=UNMEASURED)  # a balloon is a request for each page
 
 
 def boot(lab: Lab, memory: Path, device: str = "", mib: int = GUEST_MIB) -> Guest:
