@@ -29,8 +29,16 @@ SNAP_BIT: Final = 1 << 62
 
 #: Bytes in the longest file name.
 MAX_NAME: Final = 255
+#: Bytes in the longest path.
+MAX_PATH: Final = 4096
 
 
 def pages(size: int) -> int:
     """Number of pages that ``size`` bytes touch."""
     return (size + PAGE - 1) >> PAGE_SHIFT
+
+
+def is_path(path: bytes) -> bool:
+    """Can it be the path of a file below a directory?"""
+    parts = path.split(b"/")
+    return b"\0" not in path and all(part not in (b"", b".", b"..") and len(part) <= MAX_NAME for part in parts)

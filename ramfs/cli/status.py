@@ -4,18 +4,17 @@ import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
 
 from ramfs.cli._mounts import FSTYPE, MountEntry, ask, locate, mounted_at, running
 from ramfs.cli._pulls import facts
 from ramfs.cli._text import human, printable
 from ramfs.errors import MountError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 #: Seconds between two looks of ``--watch``.
 _PERIOD: Final = 1.0
@@ -67,8 +66,12 @@ def read_all() -> list[dict[str, Any]]:
     return found
 
 
-def picture(statuses: list[dict[str, Any]]) -> RenderableType:
+def picture(statuses: list[dict[str, Any]]) -> "RenderableType":
     """A table for each mount."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
     parts: list[RenderableType] = []
     for status in statuses:
         table = Table(title=Text(printable(status["mountpoint"])), title_justify="left", show_header=False)
@@ -121,18 +124,20 @@ def status(path: str | None, watch: bool, as_json: bool) -> None:
     def text(statuses: list[dict[str, Any]]) -> str:
         return json.dumps(statuses if path is None else statuses[0], indent=None if watch else 2)
 
+    if as_json and not watch:
+        click.echo(text(look()))
+        return
+    from rich.console import Console  # takes as long as all else
+    from rich.live import Live
+
     console = Console()
     if not watch:
-        if as_json:
-            click.echo(text(look()))
-        else:
-            console.print(picture(look()))
+        console.print(picture(look()))
         return
     try:
-        if as_json:
-            while True:
-                click.echo(text(look()))
-                time.sleep(_PERIOD)
+        while as_json:
+            click.echo(text(look()))
+            time.sleep(_PERIOD)
         with Live(picture(look()), console=console, auto_refresh=False) as live:
             while True:
                 time.sleep(_PERIOD)

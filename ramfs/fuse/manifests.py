@@ -20,11 +20,11 @@ from ramfs.fuse.extension import pyfuse3
 from ramfs.fuse.virtual import VIRTUAL
 from ramfs.namespace import Inode, Namespace
 from ramfs.pager import Pager
-from ramfs.source.manifest import MAX_PATH, NAME, Layout, lay_out
+from ramfs.source.manifest import NAME, Layout, lay_out
 from ramfs.store.files import read_exactly, write_all
 from ramfs.store.gather import Gathering
 from ramfs.store.images import HEADER, unpack_header
-from ramfs.units import ImageId, InodeNumber
+from ramfs.units import MAX_PATH, ImageId, InodeNumber
 
 _NAME: Final = NAME.encode()
 #: With VIRTUAL, set in the number of the directory whose manifest it is.

@@ -32,10 +32,10 @@ from ramfs.inspect.layout import Layout
 from ramfs.namespace import Caller, Namespace
 from ramfs.pager import Pager
 from ramfs.source.base import PageSource, SourceDirectory, read_whole, size_of
-from ramfs.source.manifest import NAME, File, Manifest, fetch_manifest, is_path
+from ramfs.source.manifest import NAME, File, Manifest, fetch_manifest
 from ramfs.source.opening import names_one
 from ramfs.store.images import Image
-from ramfs.units import MAX_FILE_SIZE, PAGE, PAGE_SHIFT
+from ramfs.units import MAX_FILE_SIZE, PAGE, PAGE_SHIFT, is_path
 
 log = logging.getLogger(__name__)
 

@@ -20,14 +20,12 @@ from ramfs.errors import SourceBroken, SourceRefused
 from ramfs.image.digest import DIGEST
 from ramfs.image.table import NORESERVE, Mask, runs_of
 from ramfs.source.base import PageSource, SourceDirectory, read_whole
-from ramfs.units import MAX_FILE_SIZE, MAX_NAME, PAGE, PAGE_SHIFT, pages
+from ramfs.units import MAX_FILE_SIZE, MAX_NAME, MAX_PATH, PAGE, PAGE_SHIFT, is_path, pages
 
 #: The file's name in a frozen directory, and of the export.
 NAME: Final = "ramfs.manifest"
 MAGIC: Final = b"RAMFSMAN"
 VERSION: Final = 1
-#: Bytes of the longest path in it.
-MAX_PATH: Final = 4096
 #: Bytes of the largest manifest that is read: of guests of a tebibyte together.
 MAX_SIZE: Final = 4 << 30
 #: Bytes of the largest table of files.
@@ -230,9 +228,3 @@ def _take_apart(
     if at != first or end != size:
         raise SourceBroken(f"{where}: a manifest with something between its parts")
     return files, places
-
-
-def is_path(path: bytes) -> bool:
-    """Can it be the path of a file below a directory?"""
-    parts = path.split(b"/")
-    return b"\0" not in path and all(part not in (b"", b".", b"..") and len(part) <= MAX_NAME for part in parts)

@@ -26,8 +26,7 @@ import xxhash
 
 from ramfs.errors import SourceBroken, SourceCorrupt, UsageError
 from ramfs.image.digest import DIGEST, digest_pages
-from ramfs.source.manifest import MAX_PATH, is_path
-from ramfs.units import MAX_FILE_SIZE, MAX_NAME, PAGE, pages
+from ramfs.units import MAX_FILE_SIZE, MAX_NAME, MAX_PATH, PAGE, is_path, pages
 
 MAGIC: Final = b"RAMFSSTR"
 VERSION: Final = 1

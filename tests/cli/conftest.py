@@ -86,7 +86,8 @@ class Place:
     path: Path
 
     def mount(self, *args: object) -> Place:
-        run("mount", *args, self.store, self.path).ok()
+        ramfs, env = front()
+        call(*ramfs, "mount", *args, self.store, self.path, env=env).ok()
         return self
 
     def umount(self) -> None:
@@ -133,9 +134,7 @@ def place(shm: Path) -> Iterator[Place]:
 
 @pytest.fixture
 def mounted_place(place: Place) -> Place:
-    ramfs, env = front()
-    call(*ramfs, "mount", place.store, place.path, env=env).ok()
-    return place
+    return place.mount()
 
 
 @pytest.fixture
