@@ -573,16 +573,16 @@ class Migration:
             say("stop")
             self.stopped_at = time.time()
             await guest.stop()
-        if not later:
+        if later:
+            self.telling = asyncio.create_task(self._tell_zeros(list(sizes)))
+        else:
             await flush(self.directory, running=False)
         self.state = os.memfd_create("state")
         async with guest.saving():
             await guest.save_state(self.state)
         if await in_thread(self._sizes) != sizes:
             raise Failed(f"files in {self.directory} were made, removed or changed their size")
-        if later:
-            self.telling = asyncio.create_task(self._tell_zeros(list(sizes)))
-        else:
+        if not later:
             await self._freeze_state()
             await in_thread(lambda: self._show_frozen(list(sizes)))
             say("pull of what is left")
