@@ -11,6 +11,10 @@ pages, so that the good ones are not held up. For one that somebody has touched 
 One event for each fetch, set when it has succeeded and when it has failed; whoever waited looks again. Bytes go
 first into the layer's file, then the states of their pages change: a killed daemon leaves pages absent that were
 here already, never the other way round.
+
+Who reads what is touched is answered out of the buffer, and it is stored after that, which takes as long as to
+receive it: while the next one is on its way, if that is touched at once, or by a task. Until then it is on its way for
+all others. So it is in a full store, until there is room; then nobody else is answered before his pages are stored.
 """
 
 import contextlib
@@ -28,7 +32,7 @@ from typing import Final
 import numpy as np
 import trio
 
-from ramfs.errors import SourceError
+from ramfs.errors import RamfsError, SourceError
 from ramfs.image.pages import nonzero_pages
 from ramfs.image.table import NORESERVE, Mask, runs_of
 from ramfs.pager import Absent, Pager
@@ -59,6 +63,10 @@ _TRY_AGAIN: Final = 32
 _DEAR: Final = 4
 #: Seconds between attempts to store pages for which the store has no room.
 _FULL_AGAIN: Final = 1.0
+
+
+#: Is given the bytes of pages as soon as they are there, and tells whether that was all that was wanted.
+Answer = Callable[[memoryview], bool]
 
 
 @dataclass(slots=True)
@@ -115,6 +123,10 @@ class Arrival:
         self._moved = 0.0
         """when somebody began to wait, or had what he waited for"""
         self._flights: list[_Flight] = []
+        self._kept: _Flight | None = None
+        """one that has come, was given away, and is yet to be stored"""
+        self._storing = False
+        """is there a task that will?"""
         self._memory = mmap.mmap(-1, len(self.presence.states), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
         self._asked: Mask = np.frombuffer(self._memory, np.bool_)
         self._buffers: list[mmap.mmap] = []
@@ -150,38 +162,81 @@ class Arrival:
         """Runs of pages, cut into what one fetch may bring."""
         return [(a, min(a + self._most, stop)) for first, stop in runs for a in range(first, stop, self._most)]
 
-    def bring_soon(self, first: int, stop: int, low: int, high: int) -> Rest | None:
+    def bring_soon(self, first: int, stop: int, low: int, high: int, answer: Answer) -> Rest | None:
         """Have pages ``[first, stop)`` here. None if they are when it returns; else what is to be awaited for that.
 
         With them come their neighbours within ``[low, high)``: whoever touches a page touches those next. Where
-        replies usually come in a moment, that is waited for, as read_soon of source/base.py does.
+        replies usually come in a moment, that is waited for, as read_soon of source/base.py does. Where one fetch has
+        them, they are given to ``answer`` before they are stored; if that was all, they may be stored later.
         """
+        kept = self._kept
+        if kept is not None and kept.first < stop and first < kept.stop:
+            if kept.first <= first and stop <= kept.stop and answer(_part(kept, first, stop)):
+                return None
+            self._store_kept()
+            if self.presence.here(first, stop):
+                return None
         piece = self._with_neighbours(first, stop, low, high)
         if piece is None:
             return partial(self.bring, first, stop)
         flight = self._take_off(*piece)
-        began = trio.current_time()
-        patience = 0.0 if self._missed >= _MISSES and self._missed % _TRY_AGAIN else _GLANCE
-        rest = read_soon(self.source, flight.first << PAGE_SHIFT, flight.view, patience)
-        self._missed = 0 if rest is None else self._missed + 1
-        if rest is None:
-            try:
-                self._write(flight)
-            except OSError:  # a full store: that may be a longer wait
-                rest = _nothing
+        large = flight.stop - flight.first > _NEAR
+        patience = 0.0 if large or (self._missed >= _MISSES and self._missed % _TRY_AGAIN) else _GLANCE
+        rest = read_soon(self.source, flight.first << PAGE_SHIFT, flight.view, patience, self._store_kept)
+        if not large:
+            self._missed = 0 if rest is None else self._missed + 1
         if rest is not None:
-            return partial(self._finish, rest, flight, began, first, stop)
-        self._arrived(flight)
-        self._count(trio.current_time() - began, stop)
+            return partial(self._finish, rest, flight, first, stop, answer)
+        answered = self._land(flight, first, stop, answer)
+        self._count(trio.current_time() - flight.began, stop)
+        return None if answered or self.presence.here(first, stop) else partial(self.bring, first, stop)
+
+    def _land(self, flight: _Flight, first: int, stop: int, answer: Answer) -> bool:
+        """Give away pages ``[first, stop)`` of what came, and have all of it stored. Was that the answer?"""
         self._measure(flight)
-        self._adapt(flight, began)
-        return None
+        self._adapt(flight)
+        self._store_kept()
+        self._kept = flight
+        if not self._storing:
+            self._storing = True
+            trio.lowlevel.spawn_system_task(self._store_soon)
+        if not self.trouble and answer(_part(flight, first, stop)):
+            return True
+        self._store_kept()
+        return False
+
+    async def _store_soon(self) -> None:
+        self._storing = False
+        self._store_kept()
+
+    def _store_kept(self) -> None:
+        """Store what was given away. Where that fails for want of room it is a longer wait, and a task's."""
+        flight, self._kept = self._kept, None
+        if flight is None:
+            return
+        try:
+            self._write(flight)
+        except (OSError, RamfsError):
+            trio.lowlevel.spawn_system_task(self._store_later, flight)
+        else:
+            self._arrived(flight)
+
+    async def _store_later(self, flight: _Flight) -> None:
+        """Nobody may be left who waits for it, and is told of an error: who asks for it next is."""
+        try:
+            await self._store(flight)
+        except Exception as exc:  # noqa: BLE001  (what a system task raises would end the daemon)
+            log.error("%s: what came cannot be stored: %s", self.source.description, exc)
+        finally:
+            self._arrived(flight)
 
     def _with_neighbours(self, first: int, stop: int, low: int, high: int) -> tuple[int, int] | None:
         """What one fetch can bring of absent pages and those around them; None if they are more, or partly here."""
         runs = [run for run in self.unasked(low, high) if run[0] <= first and stop <= run[1]]
-        if not runs or stop - first > _NEAR:
+        if not runs or stop - first > self._most:
             return None
+        if stop - first > _NEAR:
+            return first, stop
         low, high = runs[0]
         low = max(low, first // _NEAR * _NEAR)
         high = min(high, low + _NEAR)
@@ -189,42 +244,44 @@ class Arrival:
             low, high = first, stop
         return low, high
 
-    def _adapt(self, flight: _Flight, began: float) -> None:
+    def _adapt(self, flight: _Flight) -> None:
         """Reach as far around what is touched as takes no more time than a few pages alone would."""
-        took = trio.current_time() - began
+        took = trio.current_time() - flight.began
+        if flight.stop - flight.first > _NEAR:
+            return  # as many were asked for
         if took > _DEAR * self._least:
             self.reach = max(1, self.reach // 2)
         elif flight.stop - flight.first > self.reach // 2:
             self.reach = min(_NEAR, self.reach * 2)
 
     def _measure(self, flight: _Flight) -> None:
-        """Note how long one took that is stored, and what else came meanwhile."""
+        """Note how long one took that has come, and what else came meanwhile."""
         took = trio.current_time() - flight.began
         self._least *= 1.005
         if took < self._least:
             self._least, self._length = took, len(flight.view)
         if took > 0:
-            self._rate = max((self.counts.fetched_bytes - flight.before) / took, self._rate * 0.995)
+            came = self.counts.fetched_bytes + len(flight.view) - flight.before
+            self._rate = max(came / took, self._rate * 0.995)
 
     @property
     def latency(self) -> float:
         """Seconds until the first byte of a reply comes, at least, as far as several fetches at a time have told."""
         return max(0.0, self._least - self._length / self._rate)
 
-    async def _finish(self, rest: Rest, flight: _Flight, began: float, first: int, stop: int) -> None:
+    async def _finish(self, rest: Rest, flight: _Flight, first: int, stop: int, answer: Answer) -> None:
         """What is left of a fetch that was begun by :meth:`bring_soon`."""
-        with self._waits(began, stop):
+        with self._waits(flight.began, stop):
             try:
                 await rest()
-                await self._store(flight)
-                self._measure(flight)
-            except SourceError as exc:
-                if self.is_arriving and not of_one_read(exc):
-                    raise
-            finally:
+            except BaseException as exc:
                 self._arrived(flight)
-        self._adapt(flight, began)
-        await self.bring(first, stop)  # they may be more than one fetch, or it could not be answered
+                if not isinstance(exc, SourceError) or (self.is_arriving and not of_one_read(exc)):
+                    raise
+            else:
+                if self._land(flight, first, stop, answer):
+                    return
+        await self.bring(first, stop)  # it could not be answered, or not be stored yet
 
     async def bring(self, first: int, stop: int) -> None:
         """Return when pages ``[first, stop)`` are here, or the layer arrives no more. Raises SourceError, OSError."""
@@ -239,6 +296,8 @@ class Arrival:
                     await together(partial(self.fetch, a, b, urgent=True) for a, b in pieces)
                 else:
                     flight = next(each for each in self._flights if each.first < stop and first < each.stop)
+                    if flight is self._kept:
+                        self._store_kept()
                     await flight.landed.wait()
 
     @contextlib.contextmanager
@@ -259,6 +318,7 @@ class Arrival:
 
     async def settle(self) -> None:
         """Return when what is on its way now has come, or failed."""
+        self._store_kept()
         for flight in list(self._flights):
             await flight.landed.wait()
 
@@ -311,8 +371,8 @@ class Arrival:
                 await self.source.read_into(flight.first << PAGE_SHIFT, flight.view, urgent=urgent)
             elif error := await self.source.attempt(flight.first << PAGE_SHIFT, flight.view, urgent=urgent):
                 return error
-            await self._store(flight)
             self._measure(flight)
+            await self._store(flight)
             return None
         finally:
             self._arrived(flight)
@@ -354,19 +414,16 @@ class Arrival:
     def _write(self, flight: _Flight) -> None:
         if not self.is_arriving:
             return  # deleted meanwhile
-        first, came, whole = flight.first, len(flight.view), (flight.stop - flight.first) << PAGE_SHIFT
-        if came < whole:  # the last page of a file
-            flight.buffer[came:whole] = bytes(whole - came)
-        data = memoryview(flight.buffer)[:whole]
+        first, data = flight.first, _part(flight, flight.first, flight.stop)
         self.pager.images.unsynced.add(self.layer.id)
         kept = nonzero_pages(data)
-        if not self.pager.store.reserve.spares(whole):
+        if not self.pager.store.reserve.spares(len(data)):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         file = self.pager.layers.file(self.layer)
         for a, b in runs_of(kept):
             file.write((first + a) << PAGE_SHIFT, data[a << PAGE_SHIFT : b << PAGE_SHIFT])
         self.presence.set(first, np.where(kept, np.uint8(STORED), np.uint8(ZEROS)))
-        self.counts.fetched_bytes += whole
+        self.counts.fetched_bytes += len(data)
 
     def note_zeros(self, first: int, stop: int) -> None:
         """The source says that pages are only zeros: those that are absent need not be fetched. Raises OSError."""
@@ -375,8 +432,12 @@ class Arrival:
             self.pager.images.unsynced.add(self.layer.id)
 
 
-async def _nothing() -> None:
-    """For a read that is complete."""
+def _part(flight: _Flight, first: int, stop: int) -> memoryview:
+    """Whole pages of what came."""
+    came, whole = len(flight.view), (flight.stop - flight.first) << PAGE_SHIFT
+    if came < whole:  # the last page of a file
+        flight.buffer[came:whole] = bytes(whole - came)
+    return memoryview(flight.buffer)[(first - flight.first) << PAGE_SHIFT : (stop - flight.first) << PAGE_SHIFT]
 
 
 async def together(jobs: Iterable[Callable[[], Awaitable[object]]]) -> None:
@@ -433,13 +494,16 @@ class Arrivals:
                 return
             await self._changed.wait()  # its source is just being opened
 
-    def bring_soon(self, image: Image, absent: list[Absent]) -> Rest | None:
-        """As :meth:`bring_all`, for who reads the image; at once if that takes a moment only: then None."""
+    def bring_soon(self, image: Image, absent: list[Absent], answer: Answer) -> Rest | None:
+        """As :meth:`bring_all`, for who reads the image; at once if that takes a moment only: then None.
+
+        He may be given the pages before they are stored, if they are all of one layer.
+        """
         arrival = self._by_layer.get(absent[0].layer) if len(absent) == 1 else None
         if arrival is None:
             return partial(self.bring_all, absent)
         near = self._pager.around(image, absent[0], arrival.reach)
-        return arrival.bring_soon(absent[0].first, absent[0].stop, *near)
+        return arrival.bring_soon(absent[0].first, absent[0].stop, *near, answer)
 
     async def bring_all(self, absent: list[Absent]) -> None:
         """As :meth:`bring`, of several at once."""

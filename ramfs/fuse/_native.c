@@ -204,17 +204,19 @@ static void populate(const struct iovec *iov, int count)
     }
 }
 
-/* Answer a READ by -errno, bytes or a plan; or return NOT_HERE. */
+/* Answer a READ by -errno, bytes (or other memory) or a plan; or return NOT_HERE. */
 static int send_read(fuse_req_t req, PyObject *answer)
 {
     int error = error_of(answer), count = 0;
     struct iovec iov[MOST_PAGES];
     struct plan plan;
+    Py_buffer memory;
     if (error)
         fuse_reply_err(req, error);
-    else if (answer != NULL && PyBytes_Check(answer))
-        fuse_reply_buf(req, PyBytes_AS_STRING(answer), (size_t)PyBytes_GET_SIZE(answer));
-    else if (answer == NULL || !PyTuple_Check(answer) ||
+    else if (answer != NULL && PyObject_CheckBuffer(answer) && !PyObject_GetBuffer(answer, &memory, PyBUF_SIMPLE)) {
+        fuse_reply_buf(req, memory.buf, (size_t)memory.len);
+        PyBuffer_Release(&memory);
+    } else if (answer == NULL || !PyTuple_Check(answer) ||
              !PyArg_ParseTuple(answer, "y*LLy*", &plan.entries, &plan.offset, &plan.end, &plan.places))
         fuse_reply_err(req, broken(ON_READ, answer));
     else {

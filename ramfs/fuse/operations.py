@@ -33,6 +33,7 @@ from ramfs.fuse.manifests import Manifests, is_manifest
 from ramfs.fuse.passthrough import FOPEN_PASSTHROUGH, Passthrough
 from ramfs.fuse.pulling import Pulling, Steering
 from ramfs.fuse.questions import Questions
+from ramfs.fuse.reading import Reading
 from ramfs.fuse.seeking import Seeking
 from ramfs.fuse.views import OpenView, Views, is_layout, is_text, is_view
 from ramfs.fuse.waiting import Waiting
@@ -218,26 +219,28 @@ class Operations(pyfuse3.Operations):
             if view is not None:
                 trio.lowlevel.spawn_system_task(self._read_view_later, native.later(), view, offset, size)
                 return None
-            image = self._images[handle]
-            rest = self.arrivals.bring_soon(image, self.pager.absent(image, offset, size))
-            token = native.later()
-            if rest is not None or not native.reply(token, self.pager.plan(image, offset, size) or b""):
-                trio.lowlevel.spawn_system_task(self._read_on, image, offset, size, rest, token)
-            return None
+            reading = Reading(self.pager, self._images[handle], offset, size)
         except Exception as exc:
             return self._failed(exc, "read", handle, offset, size)
+        try:
+            rest = self.arrivals.bring_soon(reading.image, reading.absent(), reading.give)
+            if rest is not None or not reading.answer():
+                trio.lowlevel.spawn_system_task(self._read_on, reading, rest, (handle, offset, size))
+        except Exception as exc:
+            reading.fail(self._failed(exc, "read", handle, offset, size))
+        return None
 
-    async def _read_on(self, image: Image, offset: int, size: int, rest: Rest | None, token: object) -> None:
+    async def _read_on(self, reading: Reading, rest: Rest | None, details: tuple[int, ...]) -> None:
         """Answer a READ when its pages are here."""
         begun = time.monotonic()
         try:
-            with self._waiting.of(native.asker(token)):
+            with self._waiting.of(reading.asker):
                 if rest is not None:
                     await rest()
-                while not native.reply(token, self.pager.plan(image, offset, size) or b""):
-                    await self.arrivals.bring_all(self.pager.absent(image, offset, size))
+                while not reading.answer():
+                    await self.arrivals.bring_all(reading.absent())
         except Exception as exc:
-            native.reply(token, self._failed(exc, "read", offset, size))
+            reading.fail(self._failed(exc, "read", *details))
         finally:
             self.took("read", begun)
 

@@ -53,16 +53,21 @@ class PageSource(Protocol):
 Rest = Callable[[], Awaitable[object]]
 
 
-def read_soon(source: PageSource, offset: int, buffer: memoryview, patience: float) -> Rest | None:
+def read_soon(
+    source: PageSource, offset: int, buffer: memoryview, patience: float, meanwhile: Callable[[], None]
+) -> Rest | None:
     """Begin an urgent read, and look for the reply for ``patience`` seconds in which no other task has its turn.
 
     None if the buffer is filled; else what is still to be awaited, always. A reply over loopback takes less time than
     to put a task to sleep and wake it. Sources that can do so have a method of this name; of others all is left.
+    They call ``meanwhile`` when they have asked, before they look: to do what takes no longer than the reply.
     """
-    begin: Callable[[int, memoryview, float], Rest | None] | None = getattr(source, "read_soon", None)
+    begin: Callable[[int, memoryview, float, Callable[[], None]], Rest | None] | None = getattr(
+        source, "read_soon", None
+    )
     if begin is None or len(buffer) > source.maximum:
         return partial(read_whole, source, offset, buffer, urgent=True)
-    return begin(offset, buffer, patience)
+    return begin(offset, buffer, patience, meanwhile)
 
 
 async def read_whole(source: PageSource, offset: int, buffer: memoryview, *, urgent: bool = False) -> None:

@@ -195,13 +195,13 @@ class NbdSource:
         end = -(-(offset + length) // self._block) * self._block
         return offset - offset % self._block, min(end, self.size)
 
-    def read_soon(self, offset: int, buffer: memoryview, patience: float) -> Rest | None:
+    def read_soon(self, offset: int, buffer: memoryview, patience: float, meanwhile: Callable[[], None]) -> Rest | None:
         """See ramfs.source.base.read_soon."""
         self._check_range(offset, len(buffer))
         lane = self._urgent
         if not len(buffer) or lane.busy or not self._is_whole(offset, len(buffer)):
             return partial(self.read_into, offset, buffer, urgent=True)
-        command = lane.begin(lambda connection: connection.read(offset, buffer), patience)
+        command = lane.begin(lambda connection: connection.read(offset, buffer), patience, meanwhile)
         return None if command.settled and command.error is None else partial(lane.finish, command)
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
@@ -341,13 +341,14 @@ class _Lane:
         """Does anybody wait for a reply here, or is it of no use any more?"""
         return bool(self._driven or self.connection.commands or self._failure is not None or self._leaving)
 
-    def begin(self, ask: Callable[[Connection], Command], patience: float) -> Command:
+    def begin(self, ask: Callable[[Connection], Command], patience: float, meanwhile: Callable[[], None]) -> Command:
         """Make a request while the connection is not busy, and receive for so many seconds. Then :meth:`finish` it."""
         command = ask(self.connection)
         command.since = trio.current_time()
-        until = time.perf_counter() + patience
         with suppress(SourceError):  # which those who finish it are told
             self._send()
+            meanwhile()
+            until = time.perf_counter() + patience
             while not command.settled and time.perf_counter() < until:
                 count = self._receive()
                 if count is not None:

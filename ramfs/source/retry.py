@@ -127,7 +127,7 @@ class RetrySource:
         """As :meth:`read_into`, but an error of this read alone is returned, and the buffer has nothing then."""
         return await self._persist(partial(read_whole, offset=offset, buffer=buffer, urgent=urgent), patient=False)
 
-    def read_soon(self, offset: int, buffer: memoryview, patience: float) -> Rest | None:
+    def read_soon(self, offset: int, buffer: memoryview, patience: float, meanwhile: Callable[[], None]) -> Rest | None:
         """See ramfs.source.base.read_soon. What is left also raises an error of this read alone."""
 
         async def anew() -> None:
@@ -137,7 +137,7 @@ class RetrySource:
 
         if self._source is None or not self.state.ok:
             return anew
-        rest = read_soon(self._source, offset, buffer, patience)
+        rest = read_soon(self._source, offset, buffer, patience, meanwhile)
 
         async def finish() -> None:
             if rest is not None:

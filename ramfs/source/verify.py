@@ -1,6 +1,7 @@
 """A source whose pages are compared with the digests of a manifest, so that no wrong one is given out."""
 
 import itertools
+from collections.abc import Callable
 from functools import partial
 from typing import Final
 
@@ -72,11 +73,11 @@ class VerifiedSource:
             raise SourceCorrupt(f"{self.description}: page {page} of {self._name} {why}")
         self.verified += len(buffer)
 
-    def read_soon(self, offset: int, buffer: memoryview, patience: float) -> Rest | None:
+    def read_soon(self, offset: int, buffer: memoryview, patience: float, meanwhile: Callable[[], None]) -> Rest | None:
         """See ramfs.source.base.read_soon."""
         if len(buffer) > _IN_THREAD:
             return partial(self.read_into, offset, buffer, urgent=True)
-        rest = read_soon(self._source, offset, buffer, patience)
+        rest = read_soon(self._source, offset, buffer, patience, meanwhile)
         if rest is None and not self._wrong(offset, buffer, digest_padded(buffer)):
             self.verified += len(buffer)
             return None
