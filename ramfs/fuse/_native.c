@@ -25,6 +25,7 @@
 #include <fuse_lowlevel.h>
 #include <linux/fs.h>
 #include <linux/fuse.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -35,9 +36,9 @@
 #include "_mirror.h"
 
 enum { PAGE = 4096 };
-enum { ON_READ, ON_MAP, ON_ABSENT, ON_WRITE, ON_COPY, ON_IOCTL, ON_RAW, ON_FALLOCATE, ON_LSEEK, HANDLERS };
+enum { ON_READ, ON_MAP, ON_ABSENT, ON_WRITE, ON_COPY, ON_IOCTL, ON_RAW, ON_FALLOCATE, ON_LSEEK, ON_PAUSE, HANDLERS };
 static const char *const handler_names[HANDLERS] = {"read",  "map_layer", "absent",    "write", "copy_file_range",
-                                                    "ioctl", "raw",       "fallocate", "lseek"};
+                                                    "ioctl", "raw",       "fallocate", "lseek", "pause"};
 enum { POPULATE_READ = 22 }; /* of Linux 5.14 */
 /* Of Linux 6.9, which older headers lack: */
 enum { INIT_EXT = 1 << 30, DIRECT_IO_ALLOW_MMAP = 1 << 4, PASSTHROUGH = 1 << 5 /* both of flags2 */ };
@@ -47,8 +48,9 @@ static PyObject *handlers[HANDLERS];
 static unsigned max_background = 64, max_readahead = 1 << 20, max_write = 1 << 20;
 static int want_passthrough, offered, passthrough; /* asked for by us, offered by the kernel, agreed on */
 static int want_direct_mmap, direct_mmap_offered;
-static long spin_ns = 0;     /* how long to look for the next request before going back to the loop */
-static unsigned burst = 64; /* requests answered before other tasks of the loop get their turn: 20 ms of the largest */
+static long spin_ns = 0;    /* how long to look for the next request, without sleeping */
+static int loop_fd = -1;    /* readable when the loop has something to do; -1 if that is not known */
+static const long turn_ns = 4000000; /* how long requests are answered before other tasks of the loop get their turn */
 
 static struct fuse_session *session;
 static struct fuse_lowlevel_ops theirs; /* pyfuse3's operations */
@@ -238,6 +240,7 @@ static int send_read(fuse_req_t req, PyObject *answer)
 static struct {
     fuse_req_t req;
     int which;
+    int taken; /* it was, and is not answered: a task of the loop has work */
 } at_hand;
 static const char waiting[] = "request", done_with[] = "answered request";
 
@@ -527,20 +530,53 @@ static int hand_out(struct fuse_buf *buf, int length)
     return length;
 }
 
+/* Sleep until there is a request or something for the loop to do, as the loop would, but without its turn, which costs
+ * more than most requests. Returns whether it may be a request. */
+static int doze(void)
+{
+    struct pollfd fds[2] = {{.fd = fuse_session_fd(session), .events = POLLIN}, {.fd = loop_fd, .events = POLLIN}};
+    if (loop_fd < 0)
+        return 0;
+    PyObject *answer = PyObject_CallNoArgs(handlers[ON_PAUSE]);
+    long most = answer != NULL && PyLong_Check(answer) ? PyLong_AsLong(answer) : (broken(ON_PAUSE, answer), 0);
+    int ready = 0;
+    Py_XDECREF(answer);
+    if (most > 0) {
+        Py_BEGIN_ALLOW_THREADS
+        ready = poll(fds, 2, (int)most);
+        Py_END_ALLOW_THREADS
+    }
+    return ready > 0 && !fds[1].revents;
+}
+
+/* Read the request that comes after one that was just answered, if it comes soon; else -EAGAIN.
+ *
+ * A client on another core is at its next fault before this thread could sleep and be woken, so it is looked for without
+ * sleeping. One on this core cannot fault while we look. Nobody tells which it is; but there to look is always in vain. */
+static int receive_next(struct fuse_session *se, long long done, int close_together)
+{
+    enum { IN_A_ROW = 3, TRY_AGAIN = 512 };
+    static unsigned in_vain, left_out;
+    int res = -EAGAIN;
+    if (close_together && (in_vain < IN_A_ROW || ++left_out % TRY_AGAIN == 0)) {
+        do
+            res = real_receive_buf(se, &inbox);
+        while (res == -EAGAIN && now_ns() < done + spin_ns);
+        in_vain = res == -EAGAIN ? in_vain + 1 : 0;
+    }
+    return res == -EAGAIN && doze() ? real_receive_buf(se, &inbox) : res;
+}
+
 __attribute__((visibility("default"))) int fuse_session_receive_buf(struct fuse_session *se, struct fuse_buf *buf)
 {
     static int close_together;
     static long long done; /* when the last request was answered */
     if (se != session)
         return real_receive_buf(se, buf);
-    for (unsigned n = 0;; n++) {
+    for (long long begun = 0;;) {
         int res = real_receive_buf(se, &inbox);
-        if (res == -EAGAIN && n > 0 && close_together) {
-            long long until = done + spin_ns;
-            do
-                res = real_receive_buf(se, &inbox);
-            while (res == -EAGAIN && now_ns() < until);
-        }
+        if (res == -EAGAIN && begun)
+            res = receive_next(se, done, close_together);
         if (res == -EAGAIN) /* the descriptor does not block; pyfuse3 waits again after EINTR */
             return -EINTR;
         if (res <= 0)
@@ -553,8 +589,12 @@ __attribute__((visibility("default"))) int fuse_session_receive_buf(struct fuse_
             return hand_out(buf, res);
         }
         /* Look for the next one only while they come close together, or an idle guest would cost a core. */
-        close_together = spin_ns && now_ns() - done < 2 * spin_ns;
+        long long now = now_ns();
+        close_together = spin_ns && now - done < 2 * spin_ns;
+        if (!begun)
+            begun = now;
         current = in;
+        at_hand.taken = 0;
         if (raw)
             answer_raw(in, raw);
         else
@@ -562,7 +602,7 @@ __attribute__((visibility("default"))) int fuse_session_receive_buf(struct fuse_
         current = NULL;
         answered++;
         done = now_ns();
-        if (n + 1 >= burst)
+        if (at_hand.taken || done - begun > turn_ns)
             return -EINTR;
     }
 }
@@ -615,7 +655,19 @@ static PyObject *py_reply(PyObject *self, PyObject *args)
         send_result(req, (int)which, value);
     }
     PyCapsule_SetName(token, done_with);
+    at_hand.taken = 0;
     Py_RETURN_TRUE;
+}
+
+static PyObject *py_watch_loop(PyObject *self, PyObject *args)
+{
+    PyObject *pause;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "iO", &loop_fd, &pause))
+        return NULL;
+    Py_INCREF(pause);
+    Py_XSETREF(handlers[ON_PAUSE], pause);
+    Py_RETURN_NONE;
 }
 
 static PyObject *py_later(PyObject *self, PyObject *none)
@@ -631,6 +683,7 @@ static PyObject *py_later(PyObject *self, PyObject *none)
         return NULL;
     PyCapsule_SetContext(token, (void *)(intptr_t)at_hand.which);
     at_hand.req = NULL;
+    at_hand.taken = 1;
     return token;
 }
 
@@ -653,7 +706,7 @@ static PyObject *py_install(PyObject *self, PyObject *args, PyObject *kwargs)
     static char *names[] = {"read", "map_layer", "absent", "write", "copy_file_range", "ioctl", "raw", "fallocate",
                             "lseek", "max_background", "max_readahead", "max_write", "spin_ns", "passthrough", "direct_mmap",
                             NULL};
-    PyObject *given[HANDLERS] = {NULL};
+    PyObject *given[ON_PAUSE] = {NULL};
     (void)self;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$OOOOOOO!OOIIIlpp", names, &given[ON_READ], &given[ON_MAP],
                                      &given[ON_ABSENT], &given[ON_WRITE], &given[ON_COPY], &given[ON_IOCTL],
@@ -663,7 +716,7 @@ static PyObject *py_install(PyObject *self, PyObject *args, PyObject *kwargs)
         return NULL;
     for (size_t i = 0; i < sizeof zeros; i += PAGE)
         (void)*(volatile char *)(zeros + i); /* see populate() */
-    for (int i = 0; i < HANDLERS; i++) {
+    for (int i = 0; i < ON_PAUSE; i++) {
         Py_INCREF(given[i]);
         Py_XSETREF(handlers[i], given[i]);
     }
@@ -818,6 +871,8 @@ static PyMethodDef methods[] = {
      "Set the handlers and the limits that fuse_session_new and INIT will use."},
     {"mark_open", py_mark_open, METH_VARARGS,
      "The reply that gives the kernel handle fh next bears these FOPEN_ flags too, and a backing id (0: none)."},
+    {"watch_loop", py_watch_loop, METH_VARARGS,
+     "From now on wait for requests in the loop's stead, for as many ms as a function says, or until its descriptor is readable."},
     {"reply", py_reply, METH_VARARGS,
      "Answer the request of a token by its result or -errno. False, and not yet answered, if pages of it are absent."},
     {"later", py_later, METH_NOARGS,

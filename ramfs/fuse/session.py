@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Final
 
+import trio
+
 from ramfs.errors import MountError
 from ramfs.fuse import statx
 from ramfs.fuse.extension import kernel_resends, native, pyfuse3
@@ -29,6 +31,38 @@ _LIBFUSE_OPTIONS: Final = {"allow_root"}
 #: ns that the extension looks for the next request before it goes back to the loop. Handing the thread's CPU
 #: back and being woken costs more than most gaps between the faults of one vCPU last.
 SPIN_NS: Final = 50_000
+#: ms for which the extension then waits for it in the loop's stead. To set a timer that goes off before the kernel's
+#: next tick (every 4 ms or sooner) costs a virtual machine as much as a fault.
+_PAUSE: Final = 5
+
+
+class _Loop(trio.abc.Instrument):
+    """Tells for how long the loop can be left waiting, while requests come one after the other."""
+
+    def __init__(self) -> None:
+        self._slept = False
+
+    def before_io_wait(self, timeout: float) -> None:
+        """The loop has run all tasks that could run, if it has time."""
+        self._slept = timeout > 0
+
+    def pause(self) -> int:
+        """For how many ms, at most?"""
+        now = trio.lowlevel.current_statistics()
+        # One task can always run: pyfuse3's next reader, who was just handed the lock.
+        if not self._slept or now.tasks_runnable > 1 or now.run_sync_soon_queue_size:
+            return 0
+        return int(min(now.seconds_to_next_deadline * 1000, _PAUSE))
+
+    @staticmethod
+    def fd() -> int:
+        """The descriptor that the loop waits with, which trio tells nobody; -1 if there is not just one of its kind."""
+        found = []
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(FileNotFoundError):  # that of the directory itself
+                if os.readlink(f"/proc/self/fd/{name}") == "anon_inode:[eventpoll]":
+                    found.append(int(name))
+        return found[0] if len(found) == 1 else -1
 
 
 @contextlib.contextmanager
@@ -115,6 +149,9 @@ class Session:
     @staticmethod
     async def serve() -> None:
         """Answer requests until the mount is gone or :meth:`stop` is called."""
+        loop = _Loop()
+        trio.lowlevel.add_instrument(loop)
+        native.watch_loop(loop.fd(), loop.pause)
         try:
             await pyfuse3.main(max_tasks=MAX_WAITING)
         except* OSError as group:
@@ -122,6 +159,9 @@ class Session:
             gone = (errno.ENODEV, errno.ENOTCONN, errno.ECONNABORTED)
             if group.subgroup(lambda exc: isinstance(exc, OSError) and exc.errno not in gone):
                 raise
+        finally:
+            native.watch_loop(-1, loop.pause)
+            trio.lowlevel.remove_instrument(loop)
 
     @staticmethod
     def stop() -> None:
