@@ -17,7 +17,7 @@ import xxhash
 
 from ramfs.errors import FileError
 from ramfs.fuse.extension import pyfuse3
-from ramfs.fuse.virtual import VIRTUAL
+from ramfs.fuse.virtual import MANIFEST, Kind, Opened
 from ramfs.namespace import Inode, Namespace
 from ramfs.pager import Pager
 from ramfs.source.manifest import NAME, Layout, lay_out
@@ -27,8 +27,6 @@ from ramfs.store.images import HEADER, unpack_header
 from ramfs.units import MAX_PATH, ImageId, InodeNumber
 
 _NAME: Final = NAME.encode()
-#: With VIRTUAL, set in the number of the directory whose manifest it is.
-_BIT: Final = VIRTUAL | 1 << 60
 #: Layouts that are remembered, so that a stat costs nothing.
 _REMEMBERED: Final = 16
 #: Seconds that the kernel may keep attributes that never change.
@@ -65,13 +63,11 @@ class Text:
         return os.pread(self.fd, length, offset)
 
 
-def is_manifest(ino: int) -> bool:
-    """Is it the inode of a manifest?"""
-    return ino & _BIT == _BIT
-
-
-class Manifests:
+class Manifests(Kind):
     """The manifests of a mount."""
+
+    bit = MANIFEST
+    entrances = (_NAME,)
 
     def __init__(self, pager: Pager, namespace: Namespace) -> None:
         self._pager = pager
@@ -81,15 +77,13 @@ class Manifests:
 
     def find(self, parent: InodeNumber, name: bytes) -> InodeNumber | None:
         """The manifest that a name leads to; None if it leads to none."""
-        if name != _NAME:
-            return None
         space = self._namespace
         if not space.is_snapshot(space.get(parent)) or space.has(parent, name):
             return None
-        return InodeNumber(parent | _BIT)
+        return InodeNumber(parent | MANIFEST)
 
     def _top(self, ino: InodeNumber) -> Inode:
-        return self._namespace.get(InodeNumber(ino & ~_BIT))
+        return self._namespace.get(InodeNumber(ino & ~MANIFEST))
 
     # -- what stat tells
 
@@ -146,7 +140,7 @@ class Manifests:
 
     # -- what read gives
 
-    async def open(self, ino: InodeNumber) -> Text:
+    async def open(self, ino: InodeNumber) -> Opened:
         """The text, which is made if nobody has it open; :meth:`close` it. Raises FileError, OSError, StoreDamaged."""
         text = self._text(ino)
         try:
@@ -156,19 +150,19 @@ class Manifests:
         except BaseException:
             self.close(ino)
             raise
-        return text
+        return Opened(manifest=text)
 
-    def reopen(self, ino: InodeNumber) -> Text:
+    def reopen(self, ino: InodeNumber, kept: bytes) -> Opened:
         """A text that is open since the daemon before. (Without its file, reading it is an error.)"""
         text = self._text(ino)
         if text.fd < 0:
             with contextlib.suppress(FileNotFoundError):
                 text.fd = os.open(text.path, os.O_RDONLY | os.O_CLOEXEC)
-        return text
+        return Opened(manifest=text)
 
     def _text(self, ino: InodeNumber) -> Text:
         if ino not in self._texts:
-            name = f"{ino & ~_BIT:08x}.manifest.new"  # as what is swept when nobody makes it
+            name = f"{ino & ~MANIFEST:08x}.manifest.new"  # as what is swept when nobody makes it
             self._texts[ino] = text = Text(os.path.join(self._pager.images.directory, name))
             self._pager.layers.making.add(text.path)
         text = self._texts[ino]

@@ -29,15 +29,16 @@ from ramfs.fuse.flattening import Flattening
 from ramfs.fuse.flush import Flusher
 from ramfs.fuse.handles import FileHandle, VirtualHandle
 from ramfs.fuse.jobs import Job
-from ramfs.fuse.manifests import Manifests, is_manifest
+from ramfs.fuse.manifests import Manifests
 from ramfs.fuse.passthrough import FOPEN_PASSTHROUGH, Passthrough
 from ramfs.fuse.pulling import Pulling, Steering
 from ramfs.fuse.questions import Questions
 from ramfs.fuse.reading import Reading
 from ramfs.fuse.seeking import Seeking
-from ramfs.fuse.views import OpenView, Views, is_layout, is_text, is_view
+from ramfs.fuse.views import OpenView, Views
+from ramfs.fuse.virtual import Kinds, Root, is_virtual
 from ramfs.fuse.waiting import Waiting
-from ramfs.fuse.working_sets import WorkingSets, is_working_set
+from ramfs.fuse.working_sets import WorkingSets
 from ramfs.image import scatter
 from ramfs.inspect.counters import Counters
 from ramfs.inspect.layout import MAX_TEXT
@@ -101,6 +102,7 @@ class Operations(pyfuse3.Operations):
         self.counters: Counters = observer.counters
         self.ledger: Ledger = namespace.ledger
         self.working_sets = WorkingSets(pager, namespace, flusher, self.counters, working_sets)
+        self._kinds = Kinds(Root(namespace, observer), self.manifests, self.working_sets, self.views)
         self._watched = self.working_sets.watched
         self.outcomes = pager.store.outcomes
         # No number is given twice, not by another daemon either: a RELEASE may come again.
@@ -122,12 +124,10 @@ class Operations(pyfuse3.Operations):
         """Know a file again that the kernel has open from the daemon before."""
         handle, ino = HandleId(record.b), InodeNumber(record.c)
         uid, gid, pid, _, _ = OPENER.unpack_from(record.payload)
-        if virtual.is_virtual(ino):
-            data = self.working_sets.text(ino) if is_working_set(ino) else record.payload[OPENER.size :]
-            text = self.manifests.reopen(ino) if is_manifest(ino) else None
-            view = self.views.reopen(data) if is_view(ino) and not is_text(ino) else None
-            written = bytearray() if is_layout(ino) else None
-            self._files[handle] = VirtualHandle(handle, ino, data, uid, gid, pid, None, text, view, written)
+        kind = self._kinds.of(ino)
+        if kind is not None:
+            opened = kind.reopen(ino, record.payload[OPENER.size :])
+            self._files[handle] = VirtualHandle(handle, ino, uid, gid, pid, opened)
             return
         inode = self.namespace.get(ino)
         inode.opens[handle] = Opener(pid, bool(record.d))
@@ -141,8 +141,7 @@ class Operations(pyfuse3.Operations):
         yield from self.namespace.held()
         for handle, file in self._files.items():
             if isinstance(file, VirtualHandle):
-                payload = OPENER.pack(file.uid, file.gid, file.pid, 0, 0)
-                payload += b"" if is_working_set(file.ino) else file.data
+                payload = OPENER.pack(file.uid, file.gid, file.pid, 0, 0) + file.opened.kept
                 yield Record(Kind.OPEN, 0, handle, file.ino, payload=payload)
             else:
                 opener = file.inode.opens[file.id]
@@ -199,7 +198,8 @@ class Operations(pyfuse3.Operations):
             image = self._images.get(handle)
             if image is None:
                 file = self._virtual(handle)
-                return file.read(offset, size) if file.view is None else self._read_view(file.view, offset, size)
+                view = file.opened.view
+                return file.read(offset, size) if view is None else self._read_view(view, offset, size)
             counters = self.counters
             counters.reads += 1
             counters.read_bytes += size
@@ -215,7 +215,7 @@ class Operations(pyfuse3.Operations):
     def absent_now(self, handle: int, offset: int, size: int) -> int | None:
         """Of a READ that has met absent pages: it is answered later (None), or -errno."""
         try:
-            view = self._virtual(handle).view if handle not in self._images else None
+            view = self._virtual(handle).opened.view if handle not in self._images else None
             if view is not None:
                 trio.lowlevel.spawn_system_task(self._read_view_later, native.later(), view, offset, size)
                 return None
@@ -308,8 +308,8 @@ class Operations(pyfuse3.Operations):
             image = self._images.get(handle)
             if image is None:
                 file = self._virtual(handle)
-                if is_layout(file.ino):
-                    return self._write_layout(file, offset, bytes(data))
+                if file.opened.written is not None:
+                    return self._write_layout(file.ino, file.opened.written, offset, data)
                 with request_of(self):
                     return self._command(file, data)
             counters = self.counters
@@ -384,12 +384,9 @@ class Operations(pyfuse3.Operations):
     def ioctl_now(self, ino: int, command: int, given: bytes, room: int) -> bytes | int:
         """IOCTL: what it gives back, or -errno. The kernel asks about any file that can be opened."""
         try:
-            if is_view(ino):
-                frozen = self.views.directory(ino).frozen
-            else:
-                frozen = (
-                    _is_of_snapshot(ino) if virtual.is_virtual(ino) else self.namespace.get(InodeNumber(ino)).frozen
-                )
+            number = InodeNumber(ino)
+            kind = self._kinds.of(number)
+            frozen = self.namespace.get(number).frozen if kind is None else kind.is_frozen(number)
             return fileattr.answer(command, given, room, immutable=frozen)
         except Exception as exc:
             return self._failed(exc, "ioctl", ino, command)
@@ -397,11 +394,9 @@ class Operations(pyfuse3.Operations):
     def statx_now(self, ino: int, asked: bytes) -> bytes | int:
         """STATX: as GETATTR, and when the inode was made; or -errno. Whatever is asked, all is told."""
         try:
-            if virtual.is_virtual(ino):
-                made = self.manifests.made(InodeNumber(ino)) if is_manifest(ino) else 0
-                if is_view(ino):
-                    made = self.views.made(ino)
-                return statx.reply(self._virtual_entry(InodeNumber(ino)), made)
+            kind = self._kinds.of(ino)
+            if kind is not None:
+                return statx.reply(kind.attributes(InodeNumber(ino)), kind.made(InodeNumber(ino)))
             inode = self.namespace.get(InodeNumber(ino))
             return statx.reply(self._attributes(inode), inode.btime)
         except Exception as exc:
@@ -533,39 +528,24 @@ class Operations(pyfuse3.Operations):
     def _caller(ctx: pyfuse3.RequestContext) -> Caller:
         return Caller(ctx.uid, ctx.gid, ctx.pid, lambda: set(pyfuse3.get_sup_groups(ctx.pid)))
 
-    def _virtual_entry(self, ino: InodeNumber) -> pyfuse3.EntryAttributes:
-        if is_manifest(ino):
-            return self.manifests.attributes(ino)
-        if is_working_set(ino):
-            return self.working_sets.attributes(ino)
-        if is_view(ino):
-            return self.views.attributes(ino)
-        return virtual.attributes(ino, self.namespace.get(ROOT))
-
     @answered
     async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         """LOOKUP."""
-        if virtual.is_virtual(parent_inode):
-            found = self.views.lookup(parent_inode, name) if is_view(parent_inode) else virtual.lookup(name)
-            return self._virtual_entry(found)
-        if parent_inode == ROOT and name == virtual.DIRECTORY_NAME:
-            return self._virtual_entry(virtual.DIRECTORY)
-        manifest = self.manifests.find(InodeNumber(parent_inode), name)
-        if manifest is not None:
-            await self.manifests.prepare(manifest)
-            return self._virtual_entry(manifest)
-        working_set = self.working_sets.find(InodeNumber(parent_inode), name)
-        if working_set is not None:
-            return self._virtual_entry(working_set)
-        views = self.views.find(InodeNumber(parent_inode), name)
-        if views is not None:
-            return self._virtual_entry(views)
-        return self._entry(self.namespace.lookup(InodeNumber(parent_inode), name))
+        parent = InodeNumber(parent_inode)
+        kind = self._kinds.of(parent)
+        if kind is not None:
+            return kind.attributes(kind.lookup(parent, name))
+        behind = self._kinds.behind(parent, name)
+        if behind is not None:
+            kind, ino = behind
+            await kind.prepare(ino)
+            return kind.attributes(ino)
+        return self._entry(self.namespace.lookup(parent, name))
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """FORGET; must not fail."""
         for ino, count in inode_list:
-            if not virtual.is_virtual(ino):
+            if not is_virtual(ino):
                 try:
                     self.namespace.forget(InodeNumber(ino), count)
                 except Exception:
@@ -574,8 +554,9 @@ class Operations(pyfuse3.Operations):
     @answered
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         """GETATTR."""
-        if virtual.is_virtual(inode):
-            return self._virtual_entry(InodeNumber(inode))
+        kind = self._kinds.of(inode)
+        if kind is not None:
+            return kind.attributes(InodeNumber(inode))
         return self._attributes(self.namespace.get(InodeNumber(inode)))
 
     @answered
@@ -584,10 +565,13 @@ class Operations(pyfuse3.Operations):
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:  # fmt: skip
         """SETATTR."""
-        if virtual.is_virtual(inode):
-            if fields.update_size and (inode == virtual.CONTROL or is_layout(inode)):  # open(O_TRUNC)
-                return self._virtual_entry(InodeNumber(inode))
-            raise FileError(errno.EROFS if _is_of_snapshot(inode) else errno.EPERM)
+        kind = self._kinds.of(inode)
+        if kind is not None:
+            if kind.is_frozen(InodeNumber(inode)):
+                raise FileError(errno.EROFS)
+            if fields.update_size and kind.is_writable(InodeNumber(inode)):  # open(O_TRUNC)
+                return kind.attributes(InodeNumber(inode))
+            raise FileError(errno.EPERM)
         values: dict[str, int] = {}
         node = self.namespace.get(InodeNumber(inode))
         if node.image is not None:
@@ -622,9 +606,9 @@ class Operations(pyfuse3.Operations):
 
     def _check_parent(self, parent: int, name: bytes) -> InodeNumber:
         """Let nothing be made or removed in ``.ramfs``, nor under its name."""
-        if virtual.is_virtual(parent):
+        if is_virtual(parent):
             raise FileError(errno.EROFS)
-        if parent == ROOT and name == virtual.DIRECTORY_NAME:
+        if parent == ROOT and name in Root.entrances:
             raise FileError(errno.EBUSY)
         return InodeNumber(parent)
 
@@ -698,13 +682,13 @@ class Operations(pyfuse3.Operations):
         """UNLINK."""
         if self._done_before() or REQUEST.get() in self._unaliased:
             return
-        if is_view(parent_inode) and is_layout(self.views.lookup(parent_inode, name)):
+        if self._kinds.of(parent_inode) is self.views and self.views.is_layout(parent_inode, name):
             self.views.clear_layout(parent_inode)
             return
         parent = self._check_parent(parent_inode, name)
-        working_set = self.working_sets.find(parent, name)
-        if working_set is not None:
-            self.working_sets.remove(working_set)
+        behind = self._kinds.behind(parent, name)
+        if behind is not None and behind[0] is self.working_sets:
+            self.working_sets.remove(behind[1])
         else:
             self.namespace.unlink(parent, name)
 
@@ -751,7 +735,7 @@ class Operations(pyfuse3.Operations):
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         """LINK."""
-        if virtual.is_virtual(inode):
+        if is_virtual(inode):
             raise FileError(errno.EPERM)
         parent = self._check_parent(new_parent_inode, new_name)
         return self._entry(self._made_before() or self.namespace.link(InodeNumber(inode), parent, new_name))
@@ -789,51 +773,37 @@ class Operations(pyfuse3.Operations):
     @answered
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         """OPEN."""
-        if virtual.is_virtual(inode):
-            frozen = _is_of_snapshot(inode) or (is_view(inode) and self.views.directory(inode).frozen)
-            if frozen and flags & (_WRITES | os.O_TRUNC):
-                raise FileError(errno.EROFS)
-            if flags & _WRITES and inode != virtual.CONTROL and not is_layout(inode):
-                raise FileError(errno.EACCES)  # which the mode alone does not tell root
-            return await self._open_virtual(InodeNumber(inode), ctx)
+        kind = self._kinds.of(inode)
+        if kind is not None:
+            return await self._open_virtual(kind, InodeNumber(inode), flags, ctx)
         await self.passthrough.look(self.namespace.get(InodeNumber(inode)), flags)
         return self._open(self.namespace.get(InodeNumber(inode)), flags, ctx.pid)
 
-    async def _open_virtual(self, ino: InodeNumber, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
-        if is_view(ino) and not is_text(ino):
-            return await self._open_view(ino, ctx)
-        text = await self.manifests.open(ino) if is_manifest(ino) else None
-        kept = data = await self.views.read_text(ino) if is_text(ino) else virtual.contents(ino, self.observer)
-        if is_working_set(ino):
-            data = self.working_sets.text(ino)
-        handle = HandleId(next(self._numbers))
-        self._note_open(handle, ino, False, OPENER.pack(ctx.uid, ctx.gid, ctx.pid, 0, 0) + kept)
-        written = bytearray() if is_layout(ino) else None
-        self._files[handle] = VirtualHandle(
-            handle, ino, data, ctx.uid, ctx.gid, ctx.pid, manifest=text, written=written
-        )
-        return pyfuse3.FileInfo(fh=handle, direct_io=True)
-
-    async def _open_view(self, ino: InodeNumber, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+    async def _open_virtual(
+        self, kind: virtual.Kind, ino: InodeNumber, flags: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.FileInfo:
+        if flags & (_WRITES | os.O_TRUNC) and kind.is_frozen(ino):
+            raise FileError(errno.EROFS)
+        if flags & _WRITES and not kind.is_writable(ino):
+            raise FileError(errno.EACCES)  # which the mode alone does not tell root
         with self._waiting.of(ctx.pid):
-            view = await self.views.open(ino)
-        keeps = self.views.keeps(view)
+            opened = await kind.open(ino)
         handle = HandleId(next(self._numbers))
-        self._note_open(handle, ino, False, OPENER.pack(ctx.uid, ctx.gid, ctx.pid, 0, 0) + view.view.pack())
-        self._files[handle] = VirtualHandle(handle, ino, b"", ctx.uid, ctx.gid, ctx.pid, view=view)
-        return pyfuse3.FileInfo(fh=handle, direct_io=not keeps, keep_cache=keeps and not view.view.head)
+        self._note_open(handle, ino, False, OPENER.pack(ctx.uid, ctx.gid, ctx.pid, 0, 0) + opened.kept)
+        self._files[handle] = VirtualHandle(handle, ino, ctx.uid, ctx.gid, ctx.pid, opened)
+        head = opened.view is not None and opened.view.view.head
+        return pyfuse3.FileInfo(fh=handle, direct_io=not opened.keeps, keep_cache=opened.keeps and not head)
 
-    def _write_layout(self, file: VirtualHandle, offset: int, data: bytes) -> int:
+    def _write_layout(self, ino: InodeNumber, written: bytearray, offset: int, data: memoryview) -> int:
         """WRITE of a layout, from its beginning on: it counts as soon as all of it is there."""
-        assert file.written is not None
         if offset == 0:
-            file.written.clear()
-        if offset != len(file.written):
+            written.clear()
+        if offset != len(written):
             raise FileError(errno.EINVAL)
         if offset + len(data) > MAX_TEXT:
             raise FileError(errno.EFBIG)
-        file.written += data
-        self.views.write_layout(file.ino, file.written)
+        written += data
+        self.views.write_layout(ino, written)
         return len(data)
 
     @answered
@@ -878,7 +848,9 @@ class Operations(pyfuse3.Operations):
     async def flush(self, fh: int) -> None:
         """FLUSH: nothing to do, every write was carried out when it was answered; but for half a layout."""
         file = self._files.get(HandleId(fh))
-        if isinstance(file, VirtualHandle) and file.written and not self.views.write_layout(file.ino, file.written):
+        if not isinstance(file, VirtualHandle) or not (written := file.opened.written):
+            return
+        if not self.views.write_layout(file.ino, written):
             raise FileError(errno.EINVAL)
 
     @answered
@@ -896,10 +868,10 @@ class Operations(pyfuse3.Operations):
             del file.inode.opens[file.id]
             self.passthrough.release(file.id)
             self.namespace.let_go(file.inode)
-        elif file.manifest is not None:
+        elif file.opened.manifest is not None:
             self.manifests.close(file.ino)
-        elif file.view is not None:
-            self.views.close(file.view)
+        elif file.opened.view is not None:
+            self.views.close(file.opened.view)
         elif file.job is not None:
             file.job.cancel()
 
@@ -916,7 +888,7 @@ class Operations(pyfuse3.Operations):
     @answered
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
         """OPENDIR: the handle is the directory's number."""
-        if not virtual.is_virtual(inode):
+        if not is_virtual(inode):
             node = self.namespace.get(InodeNumber(inode))
             if not node.is_dir:
                 raise FileError(errno.ENOTDIR)
@@ -925,11 +897,11 @@ class Operations(pyfuse3.Operations):
     @answered
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """READDIRPLUS. Cookies never change and are never used again, so changes meanwhile cost no entry."""
-        if virtual.is_virtual(fh):
-            names = self.views.names(fh) if is_view(fh) else virtual.names()
-            entries = [(b".", InodeNumber(fh)), *names]
+        kind = self._kinds.of(fh)
+        if kind is not None:
+            entries = [(b".", InodeNumber(fh)), *kind.names(InodeNumber(fh))]
             for number, (name, ino) in enumerate(entries[start_id:], start_id + 1):
-                if not pyfuse3.readdir_reply(token, name, self._virtual_entry(ino), number):
+                if not pyfuse3.readdir_reply(token, name, kind.attributes(ino), number):
                     return
             return
         space = self.namespace
@@ -971,7 +943,7 @@ class Operations(pyfuse3.Operations):
     @answered
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         """GETXATTR; some are made for the asking (questions.py)."""
-        if virtual.is_virtual(inode):
+        if is_virtual(inode):
             raise FileError(errno.ENODATA)
         if self._done_before():  # pyfuse3 looks whether the attribute is there before it is set
             if native.xattr_flags() == os.XATTR_CREATE:
@@ -991,7 +963,7 @@ class Operations(pyfuse3.Operations):
         self._set_xattr(inode, name, None)
 
     def _set_xattr(self, inode: int, name: bytes, value: bytes | None) -> None:
-        if virtual.is_virtual(inode):
+        if is_virtual(inode):
             raise FileError(errno.EPERM)
         if self._done_before():
             return
@@ -1000,7 +972,7 @@ class Operations(pyfuse3.Operations):
     @answered
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
         """LISTXATTR; the computed ones are not listed, so that cp -a does not try to copy them."""
-        return [] if virtual.is_virtual(inode) else self.namespace.xattrs(InodeNumber(inode))
+        return [] if is_virtual(inode) else self.namespace.xattrs(InodeNumber(inode))
 
     # -- control
 
@@ -1101,11 +1073,6 @@ class Operations(pyfuse3.Operations):
             self.ledger.add(Kind.INIT, payload=native.init_request())
             if not kernel_resends():
                 native.mirror(self.ledger.requests)
-
-
-def _is_of_snapshot(ino: int) -> bool:
-    """Is it a file that every snapshot has, and no directory lists?"""
-    return is_manifest(ino) or is_working_set(ino)
 
 
 def _native_of(files: Iterable[Record]) -> tuple[list[tuple[LayerId, int]], list[tuple[HandleId, LayerId]]]:

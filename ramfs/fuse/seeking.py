@@ -38,7 +38,7 @@ class Seeking:
         if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
             raise FileError(errno.EINVAL)
         if isinstance(file, VirtualHandle):
-            if file.view is not None:
+            if file.opened.view is not None:
                 return None
             if not 0 <= offset < file.size:
                 raise FileError(errno.ENXIO)
@@ -50,8 +50,8 @@ class Seeking:
         """The offset. Raises FileError."""
         if isinstance(file, FileHandle):
             return await self._in_file(file.inode, file.image, offset, whence)
-        assert file.view is not None
-        return await self._in_view(file.view, offset, whence)
+        assert file.opened.view is not None
+        return await self._in_view(file.opened.view, offset, whence)
 
     async def _in_file(self, inode: Inode, image: Image, offset: int, whence: int) -> int:
         """Of a file that may have dirty pages.

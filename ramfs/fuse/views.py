@@ -34,7 +34,7 @@ from ramfs.errors import FileError
 from ramfs.fuse.extension import pyfuse3
 from ramfs.fuse.flush import Flusher
 from ramfs.fuse.layouts import LAYOUT_XATTR, NOTE_XATTR, remember_note
-from ramfs.fuse.virtual import VIRTUAL
+from ramfs.fuse.virtual import VIEW, Kind, Opened
 from ramfs.inspect import vmcore, vmcoreinfo
 from ramfs.inspect.layout import NAME, Layout, compose, derive, parse, records, to_text
 from ramfs.inspect.views import Bytes, Gap, Piece, View, core, of_range, physmem
@@ -46,9 +46,9 @@ from ramfs.units import PAGE, PAGE_SHIFT, ImageId, InodeNumber
 
 log = logging.getLogger(__name__)
 
-#: With VIRTUAL, set in the number of the directory; above it what of ``.guest`` is meant.
-_BIT: Final = 1 << 58
+#: Where in the number, above that of the directory, it is told what of ``.guest`` is meant.
 _SHIFT: Final = 40
+_KIND_MASK: Final = (1 << 18) - 1
 _TOP, _LAYOUT, _PHYSMEM, _VMCORE, _RANGES, _EXPORT = range(6)
 #: ... and from here on the ranges, in the order of addresses.
 _FIRST_RANGE: Final = 16
@@ -63,27 +63,12 @@ _EXPORT_NAME: Final = NAME.encode()
 _ATTEMPTS: Final = 10
 
 
-def is_view(ino: int) -> bool:
-    """Is it an inode of a ``.guest``?"""
-    return ino & (VIRTUAL | _BIT) == VIRTUAL | _BIT
-
-
-def is_layout(ino: int) -> bool:
-    """Is it a ``layout.json``?"""
-    return is_view(ino) and _kind(ino) == _LAYOUT
-
-
-def is_text(ino: int) -> bool:
-    """Is it a file that reads as a text, as it was when it was opened?"""
-    return is_view(ino) and _kind(ino) in (_LAYOUT, _EXPORT)
-
-
 def _kind(ino: int) -> int:
-    return (ino & (_BIT - 1)) >> _SHIFT
+    return ino >> _SHIFT & _KIND_MASK
 
 
 def _number(directory: int, kind: int) -> InodeNumber:
-    return InodeNumber(VIRTUAL | _BIT | kind << _SHIFT | directory)
+    return InodeNumber(VIEW | kind << _SHIFT | directory)
 
 
 #: A layout is asked for with each name and each attribute.
@@ -119,8 +104,11 @@ def may_be_dirty(inode: Inode) -> bool:
     return inode.is_written and inode.image is not None and inode.image.direct is None
 
 
-class Views:
+class Views(Kind):
     """The views of a mount."""
+
+    bit = VIEW
+    entrances = (GUEST, _EXPORT_NAME)
 
     def __init__(self, pager: Pager, namespace: Namespace, flusher: Flusher, arrivals: Arrivals) -> None:
         self._pager = pager
@@ -135,19 +123,12 @@ class Views:
     def find(self, parent: InodeNumber, name: bytes) -> InodeNumber | None:
         """The ``.guest``, or ``ramfs.layout``, that a name of a directory leads to; None if it leads to none."""
         space = self._namespace
-        if name not in (GUEST, _EXPORT_NAME) or parent >= 1 << _SHIFT or space.has(parent, name):
+        if parent >= 1 << _SHIFT or space.has(parent, name):
             return None
         directory = space.get(parent)
         if name == _EXPORT_NAME:
             return _number(parent, _EXPORT) if space.is_snapshot(directory) else None
         return _number(parent, _TOP) if directory.is_dir else None
-
-    def lookup(self, parent: int, name: bytes) -> InodeNumber:
-        """A name in ``.guest``, or in its ``ranges``. Raises ENOENT, ENOTDIR."""
-        for known, ino in self.names(parent):
-            if known == name:
-                return ino
-        raise FileError(errno.ENOENT)
 
     def names(self, ino: int) -> list[tuple[bytes, InodeNumber]]:
         """What a listing of such a directory shows. Raises ENOTDIR."""
@@ -158,6 +139,18 @@ class Views:
             raise FileError(errno.ENOTDIR)
         layout = self.layout(self.directory(ino))
         return [(each.name, _number(directory, _FIRST_RANGE + i)) for i, each in enumerate(layout.ranges)]
+
+    def is_frozen(self, ino: int) -> bool:
+        """Is its directory? Raises ENOENT."""
+        return self.directory(ino).frozen
+
+    def is_layout(self, parent: int, name: bytes) -> bool:
+        """Is a name in ``.guest`` that of its ``layout.json``? Raises ENOENT, ENOTDIR."""
+        return self.is_writable(self.lookup(InodeNumber(parent), name))
+
+    def is_writable(self, ino: int) -> bool:
+        """Is it a ``layout.json``?"""
+        return _kind(ino) == _LAYOUT
 
     def directory(self, ino: int) -> Inode:
         """The directory whose memory it is. Raises ENOENT."""
@@ -286,38 +279,33 @@ class Views:
                 return to_text(replace(layout, note=(name, int(hint) << PAGE_SHIFT)))
         return to_text(layout)
 
-    async def read_text(self, ino: int) -> bytes:
-        """What a file that :func:`is_text` reads as. Raises FileError, SourceError, OSError."""
-        if is_layout(ino):
-            return self.text(ino)
-        directory = self.directory(ino)
-        layout = self.layout(directory)
-        opened = self._pin(physmem(layout, self._numbers(directory)))
-        try:
-            await self._note(opened)
-        finally:
-            self.close(opened)
-        return self.text(ino).ljust(_export_size(layout))
-
-    async def open(self, ino: int) -> OpenView:
-        """A view; :meth:`close` it. Raises FileError, SourceError, OSError."""
+    async def open(self, ino: int) -> Opened:
+        """A layout, as it is now, or a view; :meth:`close` that. Raises FileError, SourceError, OSError."""
         directory, kind = self.directory(ino), _kind(ino)
+        if kind == _LAYOUT:
+            text = self.text(ino)
+            return Opened(text, text, written=bytearray())
         layout = self.layout(directory)
-        opened = self._pin(self._view(kind, layout, self._numbers(directory)))
+        view = self._pin(self._view(_PHYSMEM if kind == _EXPORT else kind, layout, self._numbers(directory)))
+        try:
+            note = await self._note(view) if kind in (_EXPORT, _VMCORE) else b""
+        except BaseException:
+            self.close(view)
+            raise
+        if kind == _EXPORT:
+            self.close(view)
+            text = self.text(ino).ljust(_export_size(layout))
+            return Opened(text, text)
         if kind == _VMCORE:
-            try:
-                note = await self._note(opened)
-            except BaseException:
-                self.close(opened)
-                raise
-            opened.view = View(opened.view.size, opened.view.pieces, vmcore.header(
-                [(each.gpa, each.size) for each in layout.ranges], note
-            ))  # fmt: skip
-        return opened
+            ranges = [(each.gpa, each.size) for each in layout.ranges]
+            view.view = View(view.view.size, view.view.pieces, vmcore.header(ranges, note))
+        return Opened(kept=view.view.pack(), view=view, keeps=self._keeps(view))
 
-    def reopen(self, data: bytes) -> OpenView:
-        """A view that is open since the daemon before, from :meth:`View.pack`."""
-        return self._pin(View.unpack(data))
+    def reopen(self, ino: int, kept: bytes) -> Opened:
+        """One that is open since the daemon before."""
+        if _kind(ino) in (_LAYOUT, _EXPORT):
+            return Opened(kept, kept, written=bytearray() if _kind(ino) == _LAYOUT else None)
+        return Opened(kept=kept, view=self._pin(View.unpack(kept)))
 
     def _pin(self, view: View) -> OpenView:
         opened = OpenView(view, {})
@@ -334,7 +322,7 @@ class Views:
             inode.views -= 1
             self._namespace.let_go(inode)
 
-    def keeps(self, opened: OpenView) -> bool:
+    def _keeps(self, opened: OpenView) -> bool:
         """May the kernel keep what it has read of a view? It never changes, then, and all of it is here."""
         arriving = self._pager.layers.arriving
         return all(

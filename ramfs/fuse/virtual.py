@@ -1,4 +1,9 @@
-"""``.ramfs`` at the root of the mount: status.json, metrics, control. Not listed, not stored.
+"""Files that are not stored: of which kinds there are, and ``.ramfs`` at the root of the mount, which is one of them.
+
+Each inode of them has VIRTUAL in its number, and beside it the bit of its kind: none for ``.ramfs`` itself (`Root`).
+`Kinds` finds the kind of an inode, and that of a name by which some directory leads to one. None of them is listed.
+
+In ``.ramfs`` are status.json, metrics and control.
 
 ``control`` takes one JSON object for each write and answers by the write's errno:
 
@@ -18,21 +23,30 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
 from ramfs.arrival.pulls import Options
 from ramfs.errors import FileError
 from ramfs.fuse.extension import pyfuse3
 from ramfs.fuse.pulling import Change, Request
 from ramfs.inspect.report import Observer
-from ramfs.namespace import Inode
-from ramfs.units import MAX_FILE_SIZE, InodeNumber
+from ramfs.namespace import Namespace
+from ramfs.units import MAX_FILE_SIZE, ROOT, InodeNumber
 
-DIRECTORY_NAME: Final = b".ramfs"
-#: Set in the number of each inode that is not stored: also of manifests (manifests.py).
+if TYPE_CHECKING:
+    from ramfs.fuse.manifests import Text
+    from ramfs.fuse.views import OpenView
+
+#: Set in the number of each inode that is not stored.
 VIRTUAL: Final = 1 << 61
-DIRECTORY: Final = InodeNumber(VIRTUAL | 1)
+_KIND_SHIFT: Final = 58
+_KIND_MASK: Final = 7
+#: The bit of each kind, which is set too.
+VIEW, WORKING_SET, MANIFEST = (VIRTUAL | 1 << _KIND_SHIFT + number for number in range(3))
+_DIRECTORY_NAME: Final = b".ramfs"
+_DIRECTORY: Final = InodeNumber(VIRTUAL | 1)
 _STATUS: Final = InodeNumber(VIRTUAL | 2)
 _METRICS: Final = InodeNumber(VIRTUAL | 3)
 CONTROL: Final = InodeNumber(VIRTUAL | 4)
@@ -42,44 +56,146 @@ MAX_COMMAND: Final = 64 << 10
 
 
 def is_virtual(ino: int) -> bool:
-    """Is it an inode that is not stored: of ``.ramfs``, or a manifest?"""
+    """Is it an inode that is not stored?"""
     return bool(ino & VIRTUAL)
 
 
-def names() -> list[tuple[bytes, InodeNumber]]:
-    """What a listing of ``.ramfs`` shows."""
-    return list(_FILES.items())
+@dataclass(slots=True)
+class Opened:
+    """What a virtual file is for somebody who has opened it."""
+
+    data: bytes = b""
+    """a text of that moment"""
+    kept: bytes = b""
+    """what a daemon that takes over needs to know of it"""
+    manifest: "Text | None" = None
+    view: "OpenView | None" = None
+    written: bytearray | None = None
+    """what was written so far, of a layout: it counts when all of it is there"""
+    keeps: bool = False
+    """may the kernel keep what it reads?"""
 
 
-def lookup(name: bytes) -> InodeNumber:
-    """The inode of a name in ``.ramfs``. Raises ENOENT."""
-    try:
-        return _FILES[name]
-    except KeyError:
-        raise FileError(errno.ENOENT) from None
+class Kind:
+    """A kind of virtual files, as most of them are: each belongs to a snapshot and is as frozen as that."""
+
+    bit: int
+    """in the numbers of its inodes"""
+    entrances: Collection[bytes]
+    """the names by which a directory may lead to one"""
+
+    def find(self, parent: InodeNumber, name: bytes) -> InodeNumber | None:
+        """The inode that one of the entrances of a stored directory leads to; None if it leads to none."""
+        raise NotImplementedError
+
+    async def prepare(self, ino: InodeNumber) -> None:
+        """Do what takes long of what :meth:`attributes` needs."""
+
+    def attributes(self, ino: InodeNumber) -> pyfuse3.EntryAttributes:
+        """What stat tells. Raises FileError."""
+        raise NotImplementedError
+
+    def made(self, ino: InodeNumber) -> int:
+        """When it was made, ns since the epoch; 0 if nobody knows."""
+        return 0
+
+    def is_frozen(self, ino: InodeNumber) -> bool:
+        """Does it never change?"""
+        return True
+
+    def is_writable(self, ino: InodeNumber) -> bool:
+        """Does it take what is written?"""
+        return False
+
+    def names(self, ino: InodeNumber) -> list[tuple[bytes, InodeNumber]]:
+        """What a listing shows. Raises ENOTDIR."""
+        raise FileError(errno.ENOTDIR)
+
+    def lookup(self, parent: InodeNumber, name: bytes) -> InodeNumber:
+        """The inode of a name in one of its directories. Raises ENOENT, ENOTDIR."""
+        for known, ino in self.names(parent):
+            if known == name:
+                return ino
+        raise FileError(errno.ENOENT)
+
+    async def open(self, ino: InodeNumber) -> Opened:
+        """Raises FileError, SourceError, OSError."""
+        raise NotImplementedError
+
+    def reopen(self, ino: InodeNumber, kept: bytes) -> Opened:
+        """One that is open since the daemon before, which has kept this of it."""
+        raise NotImplementedError
 
 
-def attributes(ino: InodeNumber, root: Inode) -> pyfuse3.EntryAttributes:
-    """Attributes of a virtual inode: the owner of the root, and for others what the root's mode gives them."""
-    entry = pyfuse3.EntryAttributes()
-    entry.st_ino = ino
-    readable = root.mode & 0o444
-    if ino == DIRECTORY:
-        entry.st_mode = stat.S_IFDIR | (root.mode & 0o555)
-        entry.st_nlink = 2
-    elif ino == CONTROL:
-        entry.st_mode = stat.S_IFREG | readable & 0o400 | 0o222 & (readable >> 1)
-    else:
-        entry.st_mode = stat.S_IFREG | readable
-    entry.st_uid, entry.st_gid = root.uid, root.gid
-    entry.attr_timeout = entry.entry_timeout = 1
-    return entry
+class Kinds:
+    """All kinds of a mount."""
+
+    def __init__(self, *kinds: Kind) -> None:
+        self._by_bit = {kind.bit >> _KIND_SHIFT & _KIND_MASK: kind for kind in kinds}
+        self._by_name = {name: kind for kind in kinds for name in kind.entrances}
+
+    def of(self, ino: int) -> Kind | None:
+        """The kind of an inode, None if it is stored."""
+        return self._by_bit[ino >> _KIND_SHIFT & _KIND_MASK] if ino & VIRTUAL else None
+
+    def behind(self, parent: InodeNumber, name: bytes) -> tuple[Kind, InodeNumber] | None:
+        """What a name of a stored directory leads to, if that is not stored."""
+        kind = self._by_name.get(name)
+        ino = None if kind is None else kind.find(parent, name)
+        return None if kind is None or ino is None else (kind, ino)
 
 
-def contents(ino: InodeNumber, observer: Observer) -> bytes:
-    """What a file of ``.ramfs`` reads as, now."""
-    texts: dict[InodeNumber, Callable[[], bytes]] = {_STATUS: observer.status_text, _METRICS: observer.metrics_text}
-    return texts[ino]() if ino in texts else b""
+class Root(Kind):
+    """``.ramfs``, and what is in it."""
+
+    bit = VIRTUAL
+    entrances = (_DIRECTORY_NAME,)
+
+    def __init__(self, namespace: Namespace, observer: Observer) -> None:
+        self._namespace = namespace
+        self._texts = {_STATUS: observer.status_text, _METRICS: observer.metrics_text}
+
+    def find(self, parent: InodeNumber, name: bytes) -> InodeNumber | None:
+        """At the root alone."""
+        return _DIRECTORY if parent == ROOT else None
+
+    def attributes(self, ino: InodeNumber) -> pyfuse3.EntryAttributes:
+        """The owner of the root, and for others what the root's mode gives them."""
+        root = self._namespace.get(ROOT)
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = ino
+        readable = root.mode & 0o444
+        if ino == _DIRECTORY:
+            entry.st_mode = stat.S_IFDIR | (root.mode & 0o555)
+            entry.st_nlink = 2
+        elif ino == CONTROL:
+            entry.st_mode = stat.S_IFREG | readable & 0o400 | 0o222 & (readable >> 1)
+        else:
+            entry.st_mode = stat.S_IFREG | readable
+        entry.st_uid, entry.st_gid = root.uid, root.gid
+        entry.attr_timeout = entry.entry_timeout = 1
+        return entry
+
+    def is_frozen(self, ino: InodeNumber) -> bool:
+        """Nothing of it is."""
+        return False
+
+    def is_writable(self, ino: InodeNumber) -> bool:
+        """By commands."""
+        return ino == CONTROL
+
+    def names(self, ino: InodeNumber) -> list[tuple[bytes, InodeNumber]]:
+        """All of its files."""
+        return list(_FILES.items())
+
+    async def open(self, ino: InodeNumber) -> Opened:
+        """What it reads as, now."""
+        text = self._texts[ino]() if ino in self._texts else b""
+        return Opened(text, text)
+
+    def reopen(self, ino: InodeNumber, kept: bytes) -> Opened:
+        """What it read as."""
+        return Opened(kept, kept)
 
 
 def parse(command: bytes) -> dict[str, Any]:

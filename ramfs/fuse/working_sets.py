@@ -25,7 +25,7 @@ import trio
 from ramfs.errors import FileError
 from ramfs.fuse.extension import pyfuse3
 from ramfs.fuse.flush import Flusher
-from ramfs.fuse.virtual import VIRTUAL
+from ramfs.fuse.virtual import WORKING_SET, Kind, Opened
 from ramfs.image.working_set import NAME, Records, batches, complete, empty, pack
 from ramfs.inspect.counters import Counters
 from ramfs.namespace import Inode, Namespace
@@ -36,8 +36,6 @@ from ramfs.units import PAGE_SHIFT, HandleId, ImageId, InodeNumber
 log = logging.getLogger(__name__)
 
 _NAME: Final = NAME.encode()
-#: With VIRTUAL, set in the number of the snapshot whose working set it is.
-_BIT: Final = VIRTUAL | 1 << 59
 #: Seconds after the first READ for which they are noted, and how many of them at most.
 _WINDOW: Final = 10.0
 _MOST_NOTES: Final = 1 << 14
@@ -90,13 +88,11 @@ class _Counting:
         self._counters.read_ahead_bytes += length
 
 
-def is_working_set(ino: int) -> bool:
-    """Is it the inode of a working set?"""
-    return ino & _BIT == _BIT
-
-
-class WorkingSets:
+class WorkingSets(Kind):
     """Those of the snapshots of a mount. ``watched`` has what is to be called for each READ of some handles."""
+
+    bit = WORKING_SET
+    entrances = (_NAME,)
 
     def __init__(self, pager: Pager, namespace: Namespace, flusher: Flusher, counters: Counters, used: bool) -> None:
         """If they are not to be ``used`` they are only shown."""
@@ -189,16 +185,14 @@ class WorkingSets:
 
     def find(self, parent: InodeNumber, name: bytes) -> InodeNumber | None:
         """The working set that a name leads to; None if it leads to none."""
-        if name != _NAME:
-            return None
         space = self._namespace
         top = space.get(parent)
         if not space.is_snapshot(top) or space.has(parent, name) or not self._sets(top)[0]:
             return None
-        return InodeNumber(parent | _BIT)
+        return InodeNumber(parent | WORKING_SET)
 
     def _top(self, ino: InodeNumber) -> Inode:
-        return self._namespace.get(InodeNumber(ino & ~_BIT))
+        return self._namespace.get(InodeNumber(ino & ~WORKING_SET))
 
     def _sets(self, top: Inode) -> tuple[dict[bytes, Records], int]:
         """The sets of the files of a snapshot, and who may read all of these."""
@@ -230,6 +224,14 @@ class WorkingSets:
         entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns = top.atime, top.mtime, top.ctime
         entry.attr_timeout = entry.entry_timeout = 1
         return entry
+
+    async def open(self, ino: InodeNumber) -> Opened:
+        """With its text as of now."""
+        return Opened(self.text(ino))
+
+    def reopen(self, ino: InodeNumber, kept: bytes) -> Opened:
+        """With its text as of now: it is made of what is stored."""
+        return Opened(self.text(ino))
 
     def remove(self, ino: InodeNumber) -> None:
         """Forget one: the next resume records another."""

@@ -12,6 +12,7 @@ import stat
 import struct
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -236,7 +237,9 @@ def test_a_removed_file_is_read_until_the_view_is_closed(vm: Path) -> None:
     assert [each[2] for each in places(vm)] == ["ram1"]
 
 
-def test_another_daemon_goes_on(mounted: Mount) -> None:
+@pytest.mark.parametrize("much", [False, True])
+def test_another_daemon_goes_on(mounted: Mount, much: bool) -> None:
+    """Also when so much has been noted for it that the daemon before has noted all anew."""
     vm = mounted.path / "vm"
     vm.mkdir()
     (vm / "ram0").write_bytes(RAM)
@@ -246,6 +249,10 @@ def test_another_daemon_goes_on(mounted: Mount) -> None:
         head = os.pread(core.fileno(), PAGE, 0)
         (vm / "gone").unlink()
         write_layout(vm, (0, MIB, "ram0", 0))
+        if much:
+            for _ in range(5000):
+                os.close(os.open(vm / "ram0", os.O_RDONLY))
+            time.sleep(1.5)  # a second between two looks
         mounted.kill_daemon()
         assert os.pread(view.fileno(), MIB, MIB) == RAM
         assert os.pread(core.fileno(), PAGE, 0) == head
