@@ -251,7 +251,7 @@ def interrupted(mount: Mount, how: Callable[[subprocess.Popen[str], Path], None]
         eventually(lambda: not list((mount.store / "layers").glob("*.ram.new")), "what was copied is removed")
         if old.exists():
             assert read(old / "ram") == expected
-        if process.returncode and layers() == before:
+        if process.returncode and layers() <= before:  # those of deleted snapshots may just have gone
             return process.returncode, out, err
         eventually(lambda old=old: not old.exists() or page_counts(old / "ram")["shared"] == 0, "it was done before")
     raise AssertionError

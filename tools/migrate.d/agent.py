@@ -11,6 +11,7 @@ import base64
 import contextlib
 import fcntl
 import json
+import math
 import os
 import shutil
 import signal
@@ -227,7 +228,8 @@ class Agent:
                 if self.qemu.returncode is not None:
                     raise Failed("it ended")
                 await asyncio.sleep(0.005)
-            self.guest = await self._talking.enter_async_context(qmp.connect(self.socket))
+            # It greets when it has all that it wants before, which may be the whole memory of the guest.
+            self.guest = await self._talking.enter_async_context(qmp.connect(self.socket, math.inf))
 
     @contextlib.asynccontextmanager
     async def _explained(self):  # type: ignore[no-untyped-def]
