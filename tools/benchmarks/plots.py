@@ -34,6 +34,8 @@ mpl.rcParams.update(
         "text.color": INK,
         "axes.edgecolor": INK,
         "axes.labelcolor": INK,
+        # Each text in an SVG names all of them.
+        "font.sans-serif": ["DejaVu Sans", "sans-serif"],
         "xtick.color": INK,
         "ytick.color": INK,
         "axes.spines.top": False,
@@ -162,9 +164,9 @@ def lines(axes: Axes, curve: Curve, beside: bool) -> None:
         width = 2.4 if name == SUBJECT else 1.5
         medians = [statistics.median(points[x]) for x in xs]
         axes.plot(xs, medians, "o", linestyle=dash, color=ink, linewidth=width, markersize=4, label=name)
-        axes.fill_between(
-            xs, [min(points[x]) for x in xs], [max(points[x]) for x in xs], color=ink, alpha=0.15, linewidth=0
-        )
+        low, high = [min(points[x]) for x in xs], [max(points[x]) for x in xs]
+        if low != high:
+            axes.fill_between(xs, low, high, color=ink, alpha=0.15, linewidth=0)
     every = sorted({x for points in curve.samples.values() for x in points})
     if curve.logarithmic:
         axes.set_xscale("log" if every[0] > 0 else "symlog")
@@ -182,7 +184,7 @@ def lines(axes: Axes, curve: Curve, beside: bool) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(tick))
     axes.set_xlabel(curve.x)
-    axes.grid(color=INK, alpha=0.2, linewidth=0.6)
+    axes.grid(axis="y", color=INK, alpha=0.2, linewidth=0.6)
     handles = axes.get_legend_handles_labels()[0]
     wrapped = ["\n".join(textwrap.wrap(name, 36)) if beside else name for name in curve.samples]
     place = (1.01, 1.02) if beside else (-0.1, -(AXIS - 0.05) / PLOT)
