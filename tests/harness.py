@@ -307,7 +307,7 @@ def readable(fd: int, timeout: float | None = None) -> bool:
 
 
 def caches_emptied() -> int:
-    """How often somebody has emptied the machine's caches: tests that run beside this one do so."""
+    """How often somebody has emptied the machine's caches (vm.drop_caches): tests that run beside this one do so."""
     told = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
     return int(told["drop_pagecache"]) + int(told["drop_slab"])
 

@@ -97,6 +97,11 @@ class _Flight:
     """bytes that had come by then"""
     landed: trio.Event = field(default_factory=trio.Event)
 
+    @property
+    def is_large(self) -> bool:
+        """Was more asked for than is ever brought along with a page?"""
+        return self.stop - self.first > _NEAR
+
 
 class Arrival:
     """One arriving layer, and the source of its pages."""
@@ -180,10 +185,9 @@ class Arrival:
         if piece is None:
             return partial(self.bring, first, stop)
         flight = self._take_off(*piece)
-        large = flight.stop - flight.first > _NEAR
-        patience = 0.0 if large or (self._missed >= _MISSES and self._missed % _TRY_AGAIN) else _GLANCE
+        patience = 0.0 if flight.is_large or (self._missed >= _MISSES and self._missed % _TRY_AGAIN) else _GLANCE
         rest = read_soon(self.source, flight.first << PAGE_SHIFT, flight.view, patience, self._store_kept)
-        if not large:
+        if not flight.is_large:
             self._missed = 0 if rest is None else self._missed + 1
         if rest is not None:
             return partial(self._finish, rest, flight, first, stop, answer)
@@ -246,9 +250,9 @@ class Arrival:
 
     def _adapt(self, flight: _Flight) -> None:
         """Reach as far around what is touched as takes no more time than a few pages alone would."""
+        if flight.is_large:
+            return
         took = trio.current_time() - flight.began
-        if flight.stop - flight.first > _NEAR:
-            return  # as many were asked for
         if took > _DEAR * self._least:
             self.reach = max(1, self.reach // 2)
         elif flight.stop - flight.first > self.reach // 2:

@@ -124,21 +124,22 @@ def status(path: str | None, watch: bool, as_json: bool) -> None:
     def text(statuses: list[dict[str, Any]]) -> str:
         return json.dumps(statuses if path is None else statuses[0], indent=None if watch else 2)
 
-    if as_json and not watch:
-        click.echo(text(look()))
-        return
-    from rich.console import Console  # takes as long as all else
-    from rich.live import Live
-
-    console = Console()
     if not watch:
-        console.print(picture(look()))
+        if as_json:
+            click.echo(text(look()))
+        else:
+            from rich.console import Console  # takes as long as all else
+
+            Console().print(picture(look()))
         return
     try:
-        while as_json:
-            click.echo(text(look()))
-            time.sleep(_PERIOD)
-        with Live(picture(look()), console=console, auto_refresh=False) as live:
+        if as_json:
+            while True:
+                click.echo(text(look()))
+                time.sleep(_PERIOD)
+        from rich.live import Live
+
+        with Live(picture(look()), auto_refresh=False) as live:
             while True:
                 time.sleep(_PERIOD)
                 live.update(picture(look()), refresh=True)

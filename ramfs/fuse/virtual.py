@@ -23,6 +23,7 @@ import errno
 import json
 import os
 import stat
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -76,7 +77,7 @@ class Opened:
     """may the kernel keep what it reads?"""
 
 
-class Kind:
+class Kind(ABC):
     """A kind of virtual files, as most of them are: each belongs to a snapshot and is as frozen as that."""
 
     bit: int
@@ -84,16 +85,16 @@ class Kind:
     entrances: Collection[bytes]
     """the names by which a directory may lead to one"""
 
+    @abstractmethod
     def find(self, parent: InodeNumber, name: bytes) -> InodeNumber | None:
         """The inode that one of the entrances of a stored directory leads to; None if it leads to none."""
-        raise NotImplementedError
 
-    async def prepare(self, ino: InodeNumber) -> None:
+    async def prepare(self, ino: InodeNumber) -> None:  # noqa: B027  (most need nothing)
         """Do what takes long of what :meth:`attributes` needs."""
 
+    @abstractmethod
     def attributes(self, ino: InodeNumber) -> pyfuse3.EntryAttributes:
         """What stat tells. Raises FileError."""
-        raise NotImplementedError
 
     def made(self, ino: InodeNumber) -> int:
         """When it was made, ns since the epoch; 0 if nobody knows."""
@@ -118,13 +119,13 @@ class Kind:
                 return ino
         raise FileError(errno.ENOENT)
 
+    @abstractmethod
     async def open(self, ino: InodeNumber) -> Opened:
         """Raises FileError, SourceError, OSError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reopen(self, ino: InodeNumber, kept: bytes) -> Opened:
         """One that is open since the daemon before, which has kept this of it."""
-        raise NotImplementedError
 
 
 class Kinds:

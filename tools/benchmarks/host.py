@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ramfs.store.cachestat import cachestat
+from tests.harness import caches_emptied
 from tests.vm.guest import Guest
 
 from . import peers
@@ -77,12 +78,6 @@ def ground(bench: Bench, name: str, point: Path) -> Iterator[Ground]:
             yield Ground(at.root, at.store, top(at.pid))
 
 
-def dropped() -> int:
-    """How often somebody has emptied the machine's page cache (vm.drop_caches)."""
-    text = Path("/proc/vmstat").read_text()
-    return int(next(line.split()[1] for line in text.splitlines() if line.startswith("drop_pagecache ")))
-
-
 def settle(place: Ground, files: Sequence[Path]) -> int:
     """The memory when all is flushed and nothing more is let go."""
     for path in {path.stat().st_ino: path for path in files}.values():
@@ -103,12 +98,12 @@ def settle(place: Ground, files: Sequence[Path]) -> int:
 def footprint(bench: Bench, name: str, point: Path) -> list[float]:
     """Memory of a guest, of 8 clones, of dense ones, in sizes of the guest; measured anew if somebody interfered."""
     for _ in range(5):
-        before = dropped()
+        before = caches_emptied()
         with ground(bench, name, point) as at:
             phases = itertools.islice(footprints(bench, at), 1 if bench.quick else None)
             found = [taken / bench.size for taken in phases]
             run(["rm", "-r", at.root / "vm"])
-        if dropped() == before:
+        if caches_emptied() == before:
             return found
         bench.say(f"  {name}: again, for somebody has dropped the page cache")
     raise RuntimeError("the page cache is dropped all the time")
