@@ -407,16 +407,22 @@ def test_umount_of_a_bound_place_leaves_the_other(mounted_place: Place) -> None:
 # --- options ---
 
 
+#: Those that do not contradict each other, in one mount.
+ASKED = (
+    {"ro", "nosuid", "nodev", "noexec", "noatime", "sync", "dirsync", "allow_other"},
+    {"rw", "suid", "dev", "exec", "atime", "async", "allow_root"},
+)
+
+
 @needs_root
-@pytest.mark.parametrize("option", sorted(PASSED - {"default_permissions"}))
-def test_every_option_that_is_passed_on_is_known_there(place: Place, option: str) -> None:
-    place.mount("-o", option)
-    flags = call("findmnt", "--noheadings", "--output", "OPTIONS", place.path).ok().strip().split(",")
+@pytest.mark.parametrize("options", ASKED, ids=["restricting", "permitting"])
+def test_every_option_that_is_passed_on_is_known_there(place: Place, options: set[str]) -> None:
+    assert set().union(*ASKED, {"default_permissions"}) == PASSED
+    place.mount("-o", ",".join(sorted(options)))
+    flags = set(call("findmnt", "--noheadings", "--output", "OPTIONS", place.path).ok().strip().split(","))
     told = {"ro", "rw", "nosuid", "nodev", "noexec", "noatime", "sync", "dirsync", "allow_other"}
-    if option in told:
-        assert option in flags
-    if option in {"suid", "dev", "exec", "async"}:
-        assert f"no{option}" not in flags
+    assert options & told <= flags
+    assert not {f"no{option}" for option in options} & flags
     place.umount()
 
 
