@@ -16,7 +16,7 @@ from tests.vm.guest import Guest
 from . import peers
 from .bench import KIB, MIB, PATIENCE, ROOT, Bench, run
 from .cases import RAMFS, TMPFS, case, digests, turns
-from .host import Ground, top
+from .host import Ground, at_rest, top
 from .stats import Curve, Goal, Measure
 
 DENSE, PRIVATE = "ramfs, dense (cp -al, share=off)", "one file on tmpfs, share=off"
@@ -131,7 +131,7 @@ def fleet(bench: Bench, way: Way, count: int) -> Fleet:
         """What the host has in memory, but for digests: those belong to the template, and come some seconds later."""
         return way.ground.memory([*way.template, *files]) - digests(way.ground.store)
 
-    before = used([])
+    before = at_rest(lambda: used([]), 0.2)  # what the fleet before has left goes a while later
 
     def go(directory: Path) -> None:
         guest = way.start(directory)
