@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import harness
 import pytest
 from harness import Mount, MountFailed, mounts_below, unmount
 from hypothesis import HealthCheck, settings
@@ -147,6 +148,17 @@ def _no_skip(report: pytest.TestReport | pytest.CollectReport) -> pytest.TestRep
         report.outcome = "failed"
         report.longrepr = f"skipped, and in CI nothing skips: {report.longrepr}"
     return report
+
+
+# --- what coverage measures ---
+
+#: Folders of tests whose daemons do what those of the others do as well.
+USUAL_DAEMONS = {"cli", "migrate", "power", "qmp", "review", "transfer", "vm"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _daemons_measured(request: pytest.FixtureRequest) -> None:
+    harness.daemons_measured = request.path.parent.name not in USUAL_DAEMONS
 
 
 # --- what a test may use ---

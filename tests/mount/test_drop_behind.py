@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from harness import Mount
+from harness import Mount, caches_emptied
 from mount.posix import PAGE, opened, pattern, read
 
 SIZE = 8 << 20
@@ -59,12 +59,14 @@ def forget(path: Path) -> None:
 def test_what_is_on_disk_and_with_the_kernel_leaves(make_mount: Callable[..., Mount]) -> None:
     mount = make_mount()
     path = mount.path / "f"
+    emptied = caches_emptied()
     path.write_bytes(pattern(SIZE))
     assert in_store(mount) == SIZE  # dirty: nowhere else yet
     with opened(path) as fd:
         os.fsync(fd)
     leaves(mount)
-    assert cached(path) > SIZE // 2  # (other work on the machine may take some of it)
+    # Other work on the machine may take some of it, and tests that run beside this one all.
+    assert cached(path) > SIZE // 2 or caches_emptied() > emptied
     forget(path)
     assert read(path) == pattern(SIZE)  # from the disk
     leaves(mount)
@@ -89,11 +91,12 @@ def test_what_two_clones_read_stays_until_one_is_gone(make_mount: Callable[..., 
     while not digests.exists():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    emptied = caches_emptied()
     for path in (one, two):
         forget(path)
         assert read(path) == pattern(SIZE)
     time.sleep(2.5)  # two looks of the daemon
-    assert in_store(mount) > SIZE // 2
+    assert in_store(mount) > SIZE // 2 or caches_emptied() > emptied
     one.unlink()
     two.unlink()  # what is left names the pages of the layer at another place
     forget(shifted)
