@@ -50,7 +50,7 @@ static int want_passthrough, offered, passthrough; /* asked for by us, offered b
 static int want_direct_mmap, direct_mmap_offered;
 static long spin_ns = 0;    /* how long to look for the next request, without sleeping */
 static int loop_fd = -1;    /* readable when the loop has something to do; -1 if that is not known */
-static const long turn_ns = 4000000; /* how long requests are answered before other tasks of the loop get their turn */
+static const long turn_ns = 4000000; /* how long requests are answered before it is seen whether others want a turn */
 
 static struct fuse_session *session;
 static struct fuse_lowlevel_ops theirs; /* pyfuse3's operations */
@@ -530,23 +530,37 @@ static int hand_out(struct fuse_buf *buf, int length)
     return length;
 }
 
+/* For how many ms the loop can be left waiting, at most; 0 if one of its tasks can run. */
+static int pause_ms(void)
+{
+    if (loop_fd < 0)
+        return 0;
+    PyObject *answer = PyObject_CallNoArgs(handlers[ON_PAUSE]);
+    long most = answer != NULL && PyLong_Check(answer) ? PyLong_AsLong(answer) : (broken(ON_PAUSE, answer), 0);
+    Py_XDECREF(answer);
+    return (int)most;
+}
+
 /* Sleep until there is a request or something for the loop to do, as the loop would, but without its turn, which costs
  * more than most requests. Returns whether it may be a request. */
 static int doze(void)
 {
     struct pollfd fds[2] = {{.fd = fuse_session_fd(session), .events = POLLIN}, {.fd = loop_fd, .events = POLLIN}};
-    if (loop_fd < 0)
-        return 0;
-    PyObject *answer = PyObject_CallNoArgs(handlers[ON_PAUSE]);
-    long most = answer != NULL && PyLong_Check(answer) ? PyLong_AsLong(answer) : (broken(ON_PAUSE, answer), 0);
+    int most = pause_ms();
     int ready = 0;
-    Py_XDECREF(answer);
     if (most > 0) {
         Py_BEGIN_ALLOW_THREADS
-        ready = poll(fds, 2, (int)most);
+        ready = poll(fds, 2, most);
         Py_END_ALLOW_THREADS
     }
     return ready > 0 && !fds[1].revents;
+}
+
+/* Has the loop something to do? */
+static int loop_is_wanted(void)
+{
+    struct pollfd fd = {.fd = loop_fd, .events = POLLIN};
+    return pause_ms() == 0 || poll(&fd, 1, 0) != 0;
 }
 
 /* Read the request that comes after one that was just answered, if it comes soon; else -EAGAIN.
@@ -602,8 +616,13 @@ __attribute__((visibility("default"))) int fuse_session_receive_buf(struct fuse_
         current = NULL;
         answered++;
         done = now_ns();
-        if (at_hand.taken || done - begun > turn_ns)
+        if (at_hand.taken)
             return -EINTR;
+        if (done - begun > turn_ns) {
+            if (loop_is_wanted())
+                return -EINTR;
+            begun = done;
+        }
     }
 }
 
