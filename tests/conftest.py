@@ -153,7 +153,7 @@ def _no_skip(report: pytest.TestReport | pytest.CollectReport) -> pytest.TestRep
 # --- what coverage measures ---
 
 #: Folders of tests whose daemons do what those of the others do as well.
-USUAL_DAEMONS = {"cli", "migrate", "power", "qmp", "review", "transfer", "vm"}
+USUAL_DAEMONS = {"migrate", "power", "qmp", "review", "transfer", "vm"}
 
 
 @pytest.fixture(scope="module", autouse=True)

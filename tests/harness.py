@@ -316,6 +316,14 @@ def caches_emptied() -> int:
     return int(told["drop_pagecache"]) + int(told["drop_slab"])
 
 
+def were_caches_emptied(before: int) -> bool:
+    """Has somebody, since :func:`caches_emptied` was so many? The kernel counts one when it is done, so wait for it."""
+    deadline = time.monotonic() + 5
+    while caches_emptied() == before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return caches_emptied() > before
+
+
 def children(pid: int) -> list[int]:
     """The processes that a supervisor has started: the daemon, and after a while one that stands by."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -4,14 +4,17 @@
     python rsh.py ADDRESS PORT WORDS    here: standard input goes there, standard output comes back
 
 RSH_BREAKS=before or after: the connection breaks when the guest is told to go on, before or after that has got there.
+RSH_STOPS=JOURNAL: the agent that has that journal, on this very machine, is stopped before, and does not see it break.
 """
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 
 def serve(port: int) -> None:
@@ -34,6 +37,8 @@ def call(address: str, port: int, words: list[str]) -> None:
     def forward() -> None:
         while data := os.read(0, 1 << 16):
             told = b'"do": "go"' in data
+            if told and (journal := os.environ.get("RSH_STOPS")):
+                os.kill(json.loads(Path(journal).read_text())["agent"], signal.SIGSTOP)
             if told and breaks == "before":
                 os._exit(1)
             if told and breaks == "after":

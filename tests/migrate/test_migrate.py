@@ -83,7 +83,8 @@ def test_whatever_fails_it_runs_in_one_place(pair: Pair, migrate: Callable[..., 
     pair.b.cut()
     assert_goes_on_here(pair, guest, tool, 1, "nothing was heard for 4 s; the guest goes on here")
     pair.b.mend()
-    tool = migrate(guest, *at_once, on=f"env RSH_BREAKS=before {rsh}")
+    stopped = "RSH_STOPS={room}/qmp.migrate"  # so whoever asks later clears away what it leaves
+    tool = migrate(guest, *at_once, on=f"env RSH_BREAKS=before {stopped} {rsh}")
     assert_goes_on_here(pair, guest, tool, 1, "lost before the guest went on there; the guest goes on here")
 
     # All the rest it survives.

@@ -63,7 +63,7 @@ class Tool:
         words += ["-chardev", f"socket,id=s,path={room}/serial,server=on,wait=off,logfile={room}/log"]
         words += ["-serial", "chardev:s", "-pidfile", f"{room}/pid"]
         words += qemu
-        on = on or " ".join(there.prefix)
+        on = on.format(room=room) or " ".join(there.prefix)
         command = [TREE / "tools" / "migrate", "--qmp", control, "--on", on, "--listen", here.address]
         command += ["--target-python", sys.executable, "--target-qmp", room / "qmp", "--patience", "4", *options]
         command += [source, self.target, "--", *words]
@@ -169,7 +169,7 @@ def assert_goes_on_here(pair: Pair, guest: Guest, tool: Tool, status: int, said:
     assert not tool.ticks
     assert os.listdir(guest.memory / ".snap") == []
     eventually(lambda: not os.listdir(pair.on_b.mount.path), "B is as before", 20)
-    eventually(lambda: set(os.listdir(tool.room)) <= {"log", "serial", "pid"}, "B's agent has ended", 20)
+    eventually(lambda: set(os.listdir(tool.room)) <= {"log", "serial", "pid"}, "the agent on B leaves nothing", 20)
     with contextlib.suppress(FileNotFoundError):
         pid = (tool.room / "pid").read_text().strip()
         # One that was killed is there until whoever has it now has noticed.

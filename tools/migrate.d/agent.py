@@ -297,10 +297,17 @@ class Agent:
                     ours = self.socket.encode() in file.read()
                 if ours:
                     os.kill(told["qemu"], signal.SIGKILL)
+            self._forget_qemu()
         for directory in told["made"]:
             await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
         self.journal.end()
         return "ended"
+
+    def _forget_qemu(self) -> None:
+        """Remove what a QEMU leaves that is killed."""
+        for path in (self.socket, f"{self.socket}.log"):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
 
     async def _end_qemu(self) -> None:
         await self._talking.aclose()
@@ -314,9 +321,7 @@ class Agent:
         if not self.gone:
             if self.qemu is not None:
                 await self._end_qemu()
-                for path in (self.socket, f"{self.socket}.log"):
-                    with contextlib.suppress(OSError):
-                        os.unlink(path)
+                self._forget_qemu()
             for directory in self.made:
                 await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
         if self.paused and (self.gone or self.paused not in self.made):  # nobody is there to tell more
