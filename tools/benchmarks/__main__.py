@@ -70,7 +70,7 @@ def arguments() -> argparse.Namespace:
     measured.add_argument("--quick", action="store_true", help="smaller files, two or three rounds: within 5 minutes")
     measured.add_argument("--rounds", type=int, metavar="N", help="rounds of each case (7; at most 3 with --quick)")
     measured.add_argument(
-        "--size", type=int, metavar="MIB", help="size of the mapped file (1024; at most 256 with --quick)"
+        "--size", type=int, metavar="MIB", help="size of the mapped file (1024; at most 512 with --quick)"
     )
     measured.add_argument(
         "--scratch", type=Path, default=Path("/dev/shm"), metavar="DIR", help="a tmpfs to work on (%(default)s)"
