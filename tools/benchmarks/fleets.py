@@ -21,7 +21,7 @@ from .stats import Curve, Goal, Measure
 
 DENSE, PRIVATE = "ramfs, dense (cp -al, share=off)", "one file on tmpfs, share=off"
 STREAM = "QEMU -incoming from a file"
-#: MiB of a guest, and how many of them it has filled. (With 80 it runs out of memory at times, and is silent then.)
+#: MiB of a guest, and how many of them it has filled. (With 80 it runs out of memory at times.)
 SIZE, USED = 96, 16
 #: MiB that QEMU needs besides, at most: to know which fleets fit into this machine.
 QEMU = 60
