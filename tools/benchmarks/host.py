@@ -17,7 +17,7 @@ from tests.harness import caches_emptied
 from tests.vm.guest import Guest
 
 from . import peers
-from .bench import PAGE, PATIENCE, Bench, Unavailable, bdi, run, unmount
+from .bench import MIB, PAGE, PATIENCE, Bench, Unavailable, bdi, run, unmount
 from .cases import ASKED, FULL, RAMFS, case, dense, disk, serve, set_read_ahead, turns
 from .stats import Goal, Measure
 
@@ -121,7 +121,7 @@ def footprints(bench: Bench, at: Ground) -> Iterator[float]:
         file.truncate(bench.size)
     bench.touch(block, order="sequential", access="write")
     yield settle(at, [block]) / bench.size
-    yield private(at.pid) / 2**20 if at.pid else 0.0
+    yield private(at.pid) / MIB if at.pid else 0.0
     copies = [at.root / f"clone{number}" for number in range(8)]
     for copy in copies:
         run(["cp", "-r", vm, copy])
